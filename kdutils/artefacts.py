@@ -1,0 +1,149 @@
+"""Writing the study's files so that a half-written one is never mistaken for a whole one, and their manifests.
+
+A file is written aside, flushed to the disk and renamed. A stage writes its manifest (a JSON object with a key
+``settings``) last and discards an old one first, so a manifest that is there vouches for the files it describes.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+_DTYPES = {
+    "BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2",
+    "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8",
+}  # fmt: skip
+
+
+class ArtefactError(ValueError):
+    """An artefact is missing or unreadable; the message names the file, the cause and a remedy."""
+
+
+def write_text(path, text):
+    """Write ``text`` as UTF-8, whole or not at all."""
+    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def write_json(path, obj):
+    """Write ``obj`` as indented JSON; numpy scalars and arrays, sets and paths become plain JSON."""
+    write_text(path, json.dumps(obj, indent=2, default=_plain) + "\n")
+
+
+def write_tensors(path, tensors, metadata=None):
+    """Write a dict of numpy arrays as safetensors, whole or not at all; ``metadata`` maps strings to strings."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    _write_aside(path, lambda aside: save_file(arrays, aside, metadata=metadata))
+
+
+def read_json(path):
+    """The object in a JSON file.
+
+    Raises:
+        ArtefactError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing; run the stage that writes it") from error
+    except ValueError as error:
+        raise ArtefactError(f"{path}: no valid JSON ({error}); delete it and run the stage that writes it") from error
+
+
+def read_tensors(path):
+    """The arrays of a safetensors file as a dict of read-only, memory-mapped numpy arrays.
+
+    Raises:
+        ArtefactError: the file is missing, truncated, or no safetensors file.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="np"):  # checks the header, and that the file is as long as it says
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        return {name: _map_tensor(path, 8 + length, entry) for name, entry in header.items()}
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing; run the stage that writes it") from error
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise ArtefactError(f"{path}: unreadable ({error}); delete it and run the stage that writes it") from error
+
+
+def discard(path):
+    """Remove a file if it is there, and make that last: do so with a manifest before its files are replaced."""
+    path = Path(path)
+    if path.exists():
+        path.unlink()
+        _sync_folder(path.parent)
+
+
+def digest(obj):
+    """First 16 hex digits of the SHA-256 of ``obj`` as canonical JSON (sorted keys, no spaces)."""
+    return hashlib.sha256(_canonical(obj).encode()).hexdigest()[:16]
+
+
+def file_digest(path):
+    """First 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+def manifest_matches(path, settings):
+    """Whether the manifest at ``path`` is there, readable, and was written with exactly these ``settings``."""
+    try:
+        manifest = read_json(path)
+    except (ArtefactError, OSError):
+        return False
+    return isinstance(manifest, dict) and _canonical(manifest.get("settings")) == _canonical(settings)
+
+
+def _canonical(obj):
+    # There and back first: integer keys become strings, and then sort as they do when read from a file.
+    plain = json.loads(json.dumps(obj, default=_plain))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+
+def _plain(obj):
+    if isinstance(obj, (np.ndarray, np.generic)):
+        return obj.tolist()
+    if isinstance(obj, os.PathLike):
+        return os.fspath(obj)
+    if isinstance(obj, (set, frozenset)):
+        return sorted(obj)
+    raise TypeError(f"{type(obj).__name__} has no place in JSON")
+
+
+def _write_aside(path, write):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        write(aside)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder):
+    if os.name == "nt":  # Windows has no folder handles to flush
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _map_tensor(path, data_start, entry):
+    dtype, shape, (begin, end) = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"]), entry["data_offsets"]
+    if begin == end:  # an empty array cannot be mapped
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype, mode="r", offset=data_start + begin, shape=shape)

@@ -1,0 +1,139 @@
+"""How far a student's points lie from the teacher's labels and from the depth camera's, how large it is, how fast.
+
+Predictions are kept apart from their evaluation, so that a figure can be computed anew without training again.
+"""
+
+import csv
+import io
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdutils import artefacts
+from kdutils.training import predict
+
+BANDS_CM = (5, 10)
+PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
+
+
+def point_errors(predicted, truth, mask):
+    """Error figures of predicted points.
+
+    Args:
+        predicted, truth: ``(N, H, W, 3)`` in metres, one frame.
+        mask: ``(N, H, W)`` bool, the pixels that count.
+
+    Returns:
+        A dict: ``mse`` per coordinate in m² (the paper's figure), ``rmse``, ``median``, ``p90`` of the distance in
+        metres, ``within_5cm`` and ``within_10cm`` as shares, and the number of ``pixels``.
+
+    Raises:
+        ValueError: no pixel counts.
+    """
+    if not mask.any():
+        raise ValueError("no pixel to evaluate: the mask is empty")
+    difference = (predicted - truth)[mask].astype(np.float64)
+    distance = np.linalg.norm(difference, axis=-1)
+    return {
+        "mse": float(np.mean(difference**2)),
+        "rmse": float(np.sqrt(np.mean(distance**2))),
+        "median": float(np.median(distance)),
+        "p90": float(np.percentile(distance, 90)),
+        **{f"within_{cm}cm": float(np.mean(distance < cm / 100)) for cm in BANDS_CM},
+        "pixels": int(mask.sum()),
+    }
+
+
+def size_of(student):
+    """Parameters, and megabytes at 32 bits with the buffers that inference needs."""
+    tensors = student.state_dict().values()
+    return {
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "megabytes": sum(t.numel() * t.element_size() for t in tensors) / 1e6,
+    }
+
+
+@torch.no_grad()
+def latency(student, size, repeats=20):
+    """Median milliseconds for one image ``(1, 3, H, W)`` on the student's device, after a warm-up."""
+    device = next(student.parameters()).device
+    image = torch.rand(1, 3, *size, device=device)
+    times = []
+    for _ in range(repeats + 3):
+        start = time.perf_counter()
+        student(image).cpu()  # the copy waits for the device
+        times.append(time.perf_counter() - start)
+    return 1000 * float(np.median(times[3:]))
+
+
+def machine(device):
+    """What a timing was measured on, in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def processor():
+    names = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def keep_predictions(student, images, path):
+    """Predict the test frames ``(N, 3, H, W)`` once and keep the points as half-precision offsets from the centre."""
+    points = predict(student, images)
+    centre = student.centre.cpu().numpy()
+    offsets = (points.cpu().permute(0, 2, 3, 1).numpy() - centre).astype(np.float16)
+    artefacts.write_tensors(path, {"offsets": offsets, "centre": centre})
+
+
+def read_predictions(path):
+    """World points ``(N, H, W, 3)`` in metres that ``keep_predictions`` kept."""
+    kept = artefacts.read_tensors(path)
+    return kept["offsets"].astype(np.float32) + kept["centre"]
+
+
+def mean_point_errors(train_points, truth, mask):
+    """The baseline that every student must beat: the mean labelled training point ``(M, 3)``, for every pixel."""
+    return point_errors(np.broadcast_to(train_points.mean(0), truth.shape), truth, mask)
+
+
+COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "rmse", "median", "p90", "within_5cm",
+           "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
+           "depth_within_10cm", "parameters", "megabytes", "latency_ms", "train_seconds")  # fmt: skip
+
+
+def collect(runs_folders):
+    """All finished runs below some folders ``data/runs/SCENE/TEACHER`` as flat rows, one an arm."""
+    paths = (path for folder in runs_folders for path in sorted(Path(folder).glob("*/metrics.json")))
+    return [_row(artefacts.read_json(path)) for path in paths]
+
+
+def write_table(rows, path):
+    """Rows as JSON and as CSV beside it."""
+    artefacts.write_json(Path(path).with_suffix(".json"), rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _short(row[name]) for name in COLUMNS} for row in rows)
+    artefacts.write_text(Path(path).with_suffix(".csv"), text.getvalue())
+
+
+def _row(metrics):
+    own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
+    depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
+    first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights")}
+    return {**first, **own, **depth, **metrics["size"], **metrics["timing"]}
+
+
+def _short(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _lines(path):
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,293 @@
+"""Pictures from arrays: matplotlib for paper-like plots, plotly for 3D in the notebook, open3d for files and viewer.
+
+Every interactive view has a static twin, because not every place that shows a notebook runs its scripts.
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from kdutils import geometry
+
+MOST_POINTS = 20_000  # of an interactive cloud: a third of a megabyte in the notebook
+_LEVELS = 6  # grey levels a channel of the colours that an interactive cloud uses
+TEST, TRAIN = "#d1495b", "#30638e"
+BACKBONE_COLOURS = {"cnn": "#8d99ae", "mobilenet": "#edae49", "vit": "#30638e"}
+
+
+def frame_grid(images, depths, titles, width=2.4):
+    """Images ``(H, W, 3)`` above their depth ``(H, W)`` in metres; pixels without a reading stay white."""
+    figure, axes = plt.subplots(2, len(images), figsize=(width * len(images), 1.75 * width), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    farthest = max(np.percentile(depth, 99.5) for depth in depths)
+    for column, (image, depth, title) in enumerate(zip(images, depths, titles)):
+        axes[0, column].imshow(image)
+        axes[0, column].set_title(title, fontsize=9)
+        shown = axes[1, column].imshow(np.where(depth > 0, depth, np.nan), vmin=0, vmax=farthest, cmap="viridis_r")
+    figure.colorbar(shown, ax=axes[1, :].tolist(), label="depth in m", shrink=0.9)
+    return _bare(figure, axes)
+
+
+def maps(rows, labels, value="", cmap="magma", limits=None, width=2.4):
+    """Pictures in rows: RGB ``(H, W, 3)`` as they are, ``(H, W)`` in colour on one scale with a colour bar.
+
+    Args:
+        rows: lists of arrays, all of one length. labels: one for each row. value: what the colour bar measures.
+    """
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(width * len(rows[0]), 0.8 * width * len(rows)),
+                                layout="constrained", squeeze=False)  # fmt: skip
+    scalars = [a[np.isfinite(a)] for row in rows for a in row if a.ndim == 2]
+    limits = limits or (0, np.percentile(np.concatenate(scalars), 98) if scalars else 1)
+    shown, last = None, None
+    for line, row, label in zip(axes, rows, labels):
+        for axis, array in zip(line, row):
+            if array.ndim == 3:
+                axis.imshow(array)
+            else:
+                shown, last = axis.imshow(array, vmin=limits[0], vmax=limits[1], cmap=cmap), line
+        line[0].set_ylabel(label)
+    if shown is not None:
+        figure.colorbar(shown, ax=list(last), label=value, shrink=0.9)
+    return _bare(figure, axes)
+
+
+def scene_coordinates(points, low, high, mask=None):
+    """World points ``(..., 3)`` as colours, so that every place in the room has a colour of its own."""
+    colours = np.clip((points - low) / (high - low), 0, 1)
+    return colours if mask is None else np.where(mask[..., None], colours, 1.0)
+
+
+def camera_path(poses, is_test, points=None):
+    """Camera centres from above and from the side, with a thin cloud ``(M, 3)`` of the room behind them."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for axis, (a, b) in zip(axes, _views(poses)):
+        if points is not None:
+            axis.scatter(points[:, a], points[:, b], s=0.3, color="#c9ced6", linewidths=0, rasterized=True)
+        for members, colour, name in ((~is_test, TRAIN, "training"), (is_test, TEST, "test")):
+            axis.plot(poses[members, a, 3], poses[members, b, 3], ".", ms=4, color=colour, label=name)
+        axis.set_xlabel(f"{'xyz'[a]} in m")
+        axis.set_ylabel(f"{'xyz'[b]} in m")
+        axis.set_aspect("equal")
+    axes[0].legend(frameon=False)
+    return figure
+
+
+def pair_graph(poses, pairs):
+    """The pair graph drawn over the camera centres, seen from above."""
+    figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    a, b = _views(poses)[0]
+    ends = poses[pairs][:, :, [a, b], 3]
+    lines = np.concatenate([ends, np.full((len(ends), 1, 2), np.nan)], axis=1).reshape(-1, 2)
+    axis.plot(*lines.T, color=TRAIN, lw=0.4, alpha=0.5)
+    axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=4, color=TEST)
+    axis.set(xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+    return figure
+
+
+def histogram(errors, label, bound=None):
+    """Distribution of errors in centimetres, with a bound marked."""
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    axis.hist(errors, bins=80, color=TRAIN)
+    if bound is not None:
+        axis.axvline(bound, color=TEST, ls="--")
+    axis.set(xlabel=f"{label} in cm", ylabel="pixels")
+    return figure
+
+
+def training_curves(histories, baseline=None):
+    """Validation error by step of several arms on one logarithmic axis; ``histories`` maps a name to its history."""
+    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
+    for name, history in histories.items():
+        steps, mse = zip(*((row["step"], row["validation_mse"]) for row in history))
+        axis.plot(steps, mse, _line_style(name), color=_colour(name), alpha=_strength(name), label=name)
+    if baseline is not None:
+        axis.axhline(baseline, color="black", lw=0.8, ls=":", label="mean point")
+    axis.set(xlabel="step", ylabel="validation MSE in m² per coordinate", yscale="log")
+    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def results(rows, baseline=None, paper=None):
+    """Test MSE of every arm as bars; hatched where pretrained weights could not be had.
+
+    Args:
+        rows: see ``evaluation.collect``. baseline: MSE of the mean point. paper: the paper's MSE on such rooms.
+    """
+    rows = sorted(rows, key=lambda row: row["mse"])
+    figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
+    for place, row in enumerate(rows):
+        axis.barh(place, row["mse"], color=_colour(row["arm"]), alpha=_strength(row["arm"]),
+                  hatch="///" if lacks_pretraining(row) else None, edgecolor="white")  # fmt: skip
+        axis.text(row["mse"] * 1.05, place, f"{row['mse']:.4f}", va="center", fontsize=8)
+    axis.set_yticks(range(len(rows)), [display_name(row) for row in rows], fontsize=8)
+    for value, name, style in ((baseline, "mean point", ":"), (paper, "paper's ViT", "--")):
+        if value:
+            axis.axvline(value, color="black", lw=0.9, ls=style, label=name)
+    axis.set(xlabel="test MSE in m² per coordinate, against the teacher", xscale="log")
+    axis.set_xlim(right=axis.get_xlim()[1] * 1.6)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
+def size_against_error(rows):
+    """Megabytes of each student against its median error to the depth camera."""
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    markers = {scene: mark for scene, mark in zip(sorted({row["scene"] for row in rows}), "osD^vP*")}
+    for row in rows:
+        axis.plot(row["megabytes"], 100 * row["depth_median"], markers.get(row["scene"], "o"),
+                  color=_colour(row["arm"]), alpha=_strength(row["arm"]))  # fmt: skip
+    for scene, mark in markers.items():
+        axis.plot([], [], mark, color="black", label=scene)
+    for backbone, colour in BACKBONE_COLOURS.items():
+        axis.plot([], [], "s", color=colour, label=backbone)
+    axis.set(xlabel="student size in MB", ylabel="median error to depth in cm")
+    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def lacks_pretraining(row):
+    """Whether an arm should have started from pretrained weights and did not."""
+    return row["weights"] == "random" and not row["arm"].endswith("scratch")
+
+
+def display_name(row):
+    return row["arm"] + (" (random weights)" if lacks_pretraining(row) else "")
+
+
+def thin(points, colours, most=MOST_POINTS, seed=0):
+    """At most ``most`` of the points ``(M, 3)`` and their colours ``(M, 3)`` uint8, drawn evenly by a fixed seed."""
+    if len(points) <= most:
+        return points, colours
+    chosen = np.sort(np.random.default_rng(seed).choice(len(points), most, replace=False))
+    return points[chosen], colours[chosen]
+
+
+def cloud(points, colours, poses=None, intrinsics=None, size=None, title="", most=MOST_POINTS):
+    """An interactive cloud with camera frustums (plotly).
+
+    Args:
+        points, colours: ``(M, 3)`` in metres and uint8; thinned to ``most``.
+        poses: ``(N, 4, 4)`` camera-to-world, drawn as frustums; needs ``intrinsics (3, 3)`` and ``size`` (h, w).
+    """
+    import plotly.graph_objects as go
+
+    points, colours = thin(points, colours, most)
+    traces = [_point_trace(go, points.astype(np.float32), colours)]
+    if poses is not None:
+        x, y, z = frustum_lines(poses, intrinsics, size).T.astype(np.float32)
+        traces.append(go.Scatter3d(x=x, y=y, z=z, mode="lines", line={"color": TEST, "width": 2}, hoverinfo="skip"))
+    up = world_up(poses) if poses is not None else np.array([0.0, 0.0, 1.0])
+    axis = {"showbackground": False, "showgrid": False, "zeroline": False, "title": {"text": ""}}
+    return go.Figure(traces).update_layout(
+        title=title, height=520, margin={"l": 0, "r": 0, "t": 30 if title else 0, "b": 0}, showlegend=False,
+        template="plotly_white",
+        scene={"aspectmode": "data", "xaxis": axis, "yaxis": axis, "zaxis": axis, "camera": _overview(up)},
+    )  # fmt: skip
+
+
+def frustum_lines(poses, intrinsics, size, depth=0.15):
+    """Outlines of camera pyramids ``depth`` metres deep, as one line ``(M, 3)`` broken by NaN."""
+    height, width = size
+    corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]]) @ np.linalg.inv(intrinsics).T
+    apex, corners = np.zeros(3), corners * depth
+    outline = [apex, corners[0], corners[1], apex, corners[2], corners[3], apex]
+    ring = [corners[0], corners[3], corners[2], corners[1]]
+    broken = np.full((1, 3), np.nan)
+    parts = [part for pose in poses for path in (outline, ring)
+             for part in (geometry.transform(pose, np.array(path)), broken)]  # fmt: skip
+    return np.concatenate(parts)
+
+
+def cloud_still(points, colours, poses, title="", most=60_000):
+    """The static twin of an interactive cloud: seen from above and from one side."""
+    points, colours = thin(points, colours, most)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for axis, (a, b) in zip(axes, _views(poses)):
+        hidden = next(k for k in range(3) if k not in (a, b))
+        order = np.argsort(points[:, hidden])
+        axis.scatter(points[order, a], points[order, b], s=0.6, c=colours[order] / 255, linewidths=0, rasterized=True)
+        axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=2, color=TEST)
+        axis.set(xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+    figure.suptitle(title)
+    return figure
+
+
+def save_interactive(figure, path):
+    """A web page that draws the figure; plotly.js comes from its content network, so the page stays small."""
+    figure.write_html(path, include_plotlyjs="cdn", full_html=True)
+
+
+def write_ply(points, colours, path):
+    """The cloud as a PLY file for any 3D program (open3d)."""
+    import open3d
+
+    if not open3d.io.write_point_cloud(str(path), _open3d_cloud(open3d, points, colours)):
+        raise OSError(f"{path}: open3d could not write it. Check that the folder exists and has space.")
+    return Path(path)
+
+
+def show_on_desktop(points, colours):
+    """Open open3d's viewer; needs a screen."""
+    import open3d
+
+    open3d.visualization.draw_geometries([_open3d_cloud(open3d, points, colours)])
+
+
+def world_up(poses):
+    """The world axis, with its sign, nearest to the cameras' mean upward direction."""
+    mean = -poses[:, :3, 1].mean(0)
+    up = np.zeros(3)
+    up[np.abs(mean).argmax()] = np.sign(mean[np.abs(mean).argmax()])
+    return up
+
+
+def _views(poses):
+    """Axis pairs of the view from above and of the view from the side."""
+    up = int(np.abs(world_up(poses)).argmax())
+    level = [k for k in range(3) if k != up]
+    return level, [level[0], up]
+
+
+def _overview(up):
+    side = np.array([1.0, 0.6, 0.0]) if not up[0] else np.array([0.0, 1.0, 0.6])
+    side = side if not up[1] else np.array([1.0, 0.0, 0.6])
+    eye = 1.1 * side + 1.2 * up
+    return {"up": dict(zip("xyz", up.tolist())), "eye": dict(zip("xyz", eye.tolist()))}
+
+
+def _point_trace(go, points, colours):
+    """A colour a point as an index into a fixed palette: one byte a point instead of a string of fifteen."""
+    index = (colours.astype(int) * _LEVELS // 256) @ [_LEVELS**2, _LEVELS, 1]
+    last = _LEVELS**3 - 1
+    grey = np.arange(_LEVELS) * 255 // (_LEVELS - 1)
+    palette = [[k / last, f"rgb({grey[k // _LEVELS**2]},{grey[k // _LEVELS % _LEVELS]},{grey[k % _LEVELS]})"]
+               for k in range(last + 1)]  # fmt: skip
+    marker = {"size": 1.6, "color": index.astype(np.uint8), "colorscale": palette, "cmin": 0, "cmax": last}
+    x, y, z = points.T
+    return go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, hoverinfo="skip")
+
+
+def _open3d_cloud(open3d, points, colours):
+    geometry_ = open3d.geometry.PointCloud()
+    geometry_.points = open3d.utility.Vector3dVector(np.asarray(points, dtype=np.float64))
+    geometry_.colors = open3d.utility.Vector3dVector(np.asarray(colours, dtype=np.float64) / 255)
+    return geometry_
+
+
+def _colour(arm):
+    return next(colour for backbone, colour in BACKBONE_COLOURS.items() if arm.startswith(backbone))
+
+
+def _strength(arm):
+    return 0.55 if arm.startswith(("vit32", "vit64")) else 1.0
+
+
+def _line_style(arm):
+    return {"frozen": ":", "unfrozen": "-", "scratch": "--"}[arm.split("-")[1]]
+
+
+def _bare(figure, axes):
+    for axis in np.ravel(axes):
+        axis.set(xticks=[], yticks=[])
+    return figure

@@ -1,0 +1,71 @@
+"""Pair graphs: which images the teacher sees together. Every edge is kept in both directions."""
+
+import numpy as np
+
+
+def window_pairs(count, window, cyclic=False):
+    """``swin-k``: each image with the next ``window`` ones."""
+    return _offset_pairs(count, range(1, window + 1), cyclic)
+
+
+def log_window_pairs(count, window, cyclic=False):
+    """``logwin-k``: each image with those 1, 2, 4, ... 2^(window-1) further on."""
+    return _offset_pairs(count, (2**k for k in range(window)), cyclic)
+
+
+def reference_pairs(count, reference=0):
+    """``oneref-k``: one image with all others."""
+    return _both_directions((reference, other) for other in range(count) if other != reference)
+
+
+def complete_pairs(count):
+    """``complete``: each image with all others."""
+    return _offset_pairs(count, range(1, count))
+
+
+GRAPHS = {
+    "swin": window_pairs,
+    "logwin": log_window_pairs,
+    "oneref": reference_pairs,
+    "complete": lambda count, window=None: complete_pairs(count),
+}
+
+
+def sequence_pairs(sequence, graph="swin", window=3):
+    """Pair graph within each sequence, so that no test image takes part in a training label.
+
+    Args:
+        sequence: ``(N,)`` sequence number of each image, images in the order of their capture.
+
+    Returns:
+        Directed pairs ``(P, 2)`` of indices into the images.
+
+    Raises:
+        ValueError: an unknown graph; the message names the known ones.
+    """
+    if graph not in GRAPHS:
+        raise ValueError(f"unknown pair graph {graph!r}: use one of {', '.join(GRAPHS)}")
+    members = [np.flatnonzero(sequence == name) for name in np.unique(sequence)]
+    return np.concatenate([images[GRAPHS[graph](len(images), window)] for images in members])
+
+
+def components(pairs, count):
+    """Number of connected pieces of the graph, and the piece ``(count,)`` that each image belongs to."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    edges = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
+    return connected_components(edges, directed=False)
+
+
+def _offset_pairs(count, offsets, cyclic=False):
+    edges = ((i, i + step) for step in offsets for i in range(count))
+    if cyclic:
+        return _both_directions((i, j % count) for i, j in edges if i != j % count)
+    return _both_directions((i, j) for i, j in edges if j < count)
+
+
+def _both_directions(edges):
+    unique = sorted({(min(edge), max(edge)) for edge in edges})
+    both = [pair for i, j in unique for pair in ((i, j), (j, i))]
+    return np.array(both, dtype=np.int64).reshape(-1, 2)

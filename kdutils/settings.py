@@ -1,0 +1,146 @@
+"""The one place for settings: what a study is, its presets, and where its artefacts lie."""
+
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+TEACHERS = ("depth", "dust3r")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One student of the study: a backbone, how it starts, and what of it learns.
+
+    ``start`` is "scratch" (random), "frozen" (pretrained, only the head learns) or "unfrozen" (pretrained, all learns).
+    """
+
+    name: str
+    backbone: str
+    start: str
+    patch: int | None = None
+
+
+STARTS = ("frozen", "unfrozen", "scratch")
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm("cnn-scratch", "cnn", "scratch"),
+        *(Arm(f"mobilenet-{start}", "mobilenet", start) for start in STARTS),
+        *(Arm(f"vit{patch}-{start}", "vit", start, patch) for patch in (16, 32, 64) for start in STARTS),
+    )
+}
+CNN_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone != "vit")
+VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone == "vit")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that decides a run's result besides scene, teacher, device and seed."""
+
+    scenes: tuple[str, ...]
+    size: tuple[int, int]  # (height, width) in pixels of images, labels and predictions
+    render_every: int  # keep each k-th frame of the sample rooms' camera paths
+    most_train: int  # frames; more are thinned evenly
+    most_test: int
+    pair_graph: str
+    window: int  # of the pair graph
+    steps: int  # optimiser steps of every arm
+    batch: int
+    validate_every: int  # steps
+    learning_rate: float
+    frozen_learning_rate: float  # for the head alone, on a frozen backbone
+    first_scene_arms: tuple[str, ...] = tuple(ARMS)
+    other_scene_arms: tuple[str, ...] = tuple(ARMS)
+    teacher: str = "depth"
+    weight_decay: float = 0.01
+    validation_share: float = 0.15  # of each training sequence, its end
+    min_confidence: float = 1.5  # pointmap pixels below it are no labels
+
+
+_SAMPLE = Preset(
+    scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
+    pair_graph="logwin", window=3, steps=150, batch=16, validate_every=25,
+    learning_rate=1e-3, frozen_learning_rate=3e-3,
+    other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
+)  # fmt: skip
+PRESETS = {
+    "smoke": replace(
+        _SAMPLE, scenes=("kitchen",), render_every=8, most_train=24, most_test=8, window=2, steps=4, batch=4,
+        validate_every=2,
+    ),
+    "sample": _SAMPLE,
+    "study": replace(
+        _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
+        most_train=1000, most_test=400, window=5, steps=20_000, batch=16, validate_every=500,
+        other_scene_arms=tuple(ARMS), teacher="dust3r",
+    ),
+}  # fmt: skip
+
+
+class Study:
+    """One scene, one teacher, one preset: what every notebook starts from.
+
+    Artefacts lie under ``data/`` (preset ``sample``) or ``data/PRESET/``, so that presets never overwrite one another;
+    the environment variable ``KDUTILS_DATA`` moves the whole folder. A scene is a name or the path of a scene folder.
+
+    Raises:
+        ValueError: an unknown preset, teacher or device; the message names the known ones.
+    """
+
+    def __init__(self, scene="kitchen", preset="sample", teacher="auto", device="auto", seed=0):
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
+        self.preset_name, self.preset, self.seed = preset, PRESETS[preset], int(seed)
+        self.teacher = self.preset.teacher if teacher == "auto" else teacher
+        if self.teacher not in TEACHERS:
+            raise ValueError(f"unknown teacher {teacher!r}: use one of auto, {', '.join(TEACHERS)}")
+        self.device = pick_device(device)
+        self.data = Path(os.environ.get("KDUTILS_DATA", REPOSITORY / "data")).resolve()
+        self.workspace = self.data if preset == "sample" else self.data / preset
+        self.given, self.scene = scene, scene_name(scene, self.data / "scenes")
+        self.frames_folder = self.workspace / "labels" / self.scene / "frames"
+        self.labels_folder = self.workspace / "labels" / self.scene / self.teacher
+        self.runs_folder = self.workspace / "runs" / self.scene / self.teacher
+
+    def run_folder(self, arm):
+        return self.runs_folder / (arm if self.seed == 0 else f"{arm}-seed{self.seed}")
+
+    @property
+    def arms(self):
+        """The arms this scene is trained with: all of them on the preset's first scene and on scenes of one's own."""
+        others = self.preset.scenes[1:]
+        return self.preset.other_scene_arms if self.scene in others else self.preset.first_scene_arms
+
+    def describe(self):
+        """Settings as plain data, for manifests and for print."""
+        return {"scene": self.scene, "preset": self.preset_name, "teacher": self.teacher, "seed": self.seed,
+                **asdict(self.preset)}  # fmt: skip
+
+
+def scene_name(scene, scenes_folder):
+    """Name of a scene given by name (``kitchen``, ``apt1/kitchen``) or by its folder's path.
+
+    A folder of one's own that is called like a sample room takes its parent's name along, so that the two stay apart.
+    """
+    folder = Path(scene).resolve()
+    if not folder.is_dir():
+        return str(scene)
+    if folder.is_relative_to(scenes_folder):
+        return str(folder.relative_to(scenes_folder))
+    is_sample_room = folder.name.split("-")[0] in ("kitchen", "office")
+    return f"{folder.parent.name}-{folder.name}" if is_sample_room else folder.name
+
+
+def pick_device(device="auto"):
+    """``auto`` is CUDA, then Apple's GPU, then the CPU."""
+    if device != "auto":
+        known = device == "cpu" or device.startswith("cuda") and torch.cuda.is_available()
+        if not known and not (device == "mps" and torch.backends.mps.is_available()):
+            raise ValueError(f"device {device!r} is not to be had here: use auto or cpu")
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

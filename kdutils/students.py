@@ -1,0 +1,229 @@
+"""The students: one RGB image in, one 3D point in the world frame for every pixel out.
+
+All share the same end, a pixel-shuffle head, and differ in what comes before it: a plain CNN, MobileNetV3-Large or a
+Vision Transformer (the arms of arXiv 2412.02039). Backbones and their pretrained weights are timm's.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import timm
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from torch import nn
+
+# timm's names; the hub's repository is the same under "timm/".
+TIMM_MODELS = {
+    "mobilenet": "mobilenetv3_large_100.ra_in1k",
+    "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+}
+HUB_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a backbone's weights came from: ``origin`` is "hub", "file" or "random"; ``note`` says it in words."""
+
+    origin: str
+    note: str
+    path: str | None = None
+
+
+class Student(nn.Module):
+    """Backbone, pixel-shuffle head, and the step from the network's unit to metres in the world frame.
+
+    Takes images ``(B, 3, H, W)`` in [0, 1] and returns world points ``(B, 3, H, W)`` in metres, predicted as offsets
+    from the scene's centre in units of its extent.
+    """
+
+    def __init__(self, backbone, size):
+        super().__init__()
+        self.backbone = backbone
+        self.head = PixelShuffleHead(backbone.channels, backbone.stride)
+        self.size = tuple(size)
+        self.frozen = False
+        self.register_buffer("centre", torch.zeros(3))
+        self.register_buffer("extent", torch.ones(()))
+
+    def place(self, points):
+        """Set the scene's centre and extent from labelled world points ``(M, 3)`` in metres."""
+        self.centre.copy_(points.mean(0))
+        self.extent.copy_((points - self.centre).square().mean().sqrt())
+        return self
+
+    def freeze_backbone(self):
+        """Only the head learns; batch norm keeps its stored statistics."""
+        self.frozen = True
+        self.backbone.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
+
+    def forward(self, images):
+        height, width = images.shape[-2:]
+        stride = self.backbone.stride
+        padded = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.backbone(padded)
+        offsets = self.head(features)[..., :height, :width]
+        return self.centre[:, None, None] + self.extent * offsets.float()
+
+
+class PixelShuffleHead(nn.Module):
+    """Two 1x1 convolutions, pixel shuffle from the feature grid to full resolution, and a 7x7 refinement."""
+
+    def __init__(self, channels, stride, hidden=256):
+        super().__init__()
+        self.mix = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.GELU(),
+            nn.Conv2d(hidden, 3 * stride**2, 1),
+            nn.PixelShuffle(stride),
+        )
+        self.refine = nn.Conv2d(3, 3, 7, padding=3, padding_mode="replicate")
+
+    def forward(self, features):
+        coarse = self.mix(features)
+        return coarse + self.refine(coarse)
+
+
+class VanillaCNN(nn.Module):
+    """Plain 5x5 convolutions, each halving the resolution: stride 16."""
+
+    stride, channels = 16, 256
+
+    def __init__(self):
+        super().__init__()
+        widths = (3, 32, 64, 128, self.channels)
+        self.layers = nn.Sequential(*(_convolution(a, b) for a, b in zip(widths, widths[1:])))
+
+    def forward(self, images):
+        return self.layers(images - 0.5)
+
+
+class MobileNet(nn.Module):
+    """MobileNetV3-Large up to stride 16 (112 channels)."""
+
+    stride, channels = 16, 112
+
+    def __init__(self):
+        super().__init__()
+        self.body = timm.create_model(TIMM_MODELS["mobilenet"], features_only=True, out_indices=(3,))
+        self.normalise = Normalise(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
+    def load(self, path):
+        full = timm.create_model(TIMM_MODELS["mobilenet"], pretrained=True, pretrained_cfg_overlay={"file": path})
+        own = self.body.state_dict()
+        self.body.load_state_dict({name: full.state_dict()[name] for name in own})
+
+    def forward(self, images):
+        return self.body(self.normalise(images))[0]
+
+
+class VisionTransformer(nn.Module):
+    """ViT-Tiny (width 192, 12 blocks); other patch sizes resample the pretrained patch embedding (FlexiViT)."""
+
+    channels = 192
+
+    def __init__(self, size, patch):
+        super().__init__()
+        self.stride = patch
+        self.size = tuple(-(-side // patch) * patch for side in size)
+        self.body = self._create()
+        self.normalise = Normalise(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
+
+    def _create(self, **options):
+        return timm.create_model(
+            TIMM_MODELS["vit"], img_size=self.size, patch_size=self.stride, num_classes=0, global_pool="", **options
+        )
+
+    def load(self, path):
+        self.body = self._create(pretrained=True, pretrained_cfg_overlay={"file": path})
+
+    def forward(self, images):
+        tokens = self.body(self.normalise(images))[:, self.body.num_prefix_tokens :]
+        rows, columns = (side // self.stride for side in self.size)
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+
+class Normalise(nn.Module):
+    """Images in [0, 1] to the mean and deviation that a pretrained backbone expects."""
+
+    def __init__(self, mean, deviation):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None], persistent=False)
+
+    def forward(self, images):
+        return (images - self.mean) / self.deviation
+
+
+def build(arm, size, weights="auto"):
+    """A student for one arm of the study, freshly started.
+
+    Args:
+        arm: ``settings.Arm``.
+        size: (height, width) of the images in pixels.
+        weights: "auto" (timm's hub), or a folder with ``TIMM_NAME.safetensors``, or such a file.
+
+    Returns:
+        The student and the ``Weights`` that it started from.
+    """
+    backbone = {"cnn": VanillaCNN, "mobilenet": MobileNet}.get(arm.backbone)
+    backbone = backbone() if backbone else VisionTransformer(size, arm.patch)
+    student = Student(backbone, size)
+    if arm.start == "scratch":
+        return student, Weights("random", "random weights, as this arm asks for")
+    found = find_weights(arm.backbone, weights)
+    if found.path:
+        student.backbone.load(found.path)
+    if arm.start == "frozen":
+        student.freeze_backbone()
+    return student, found
+
+
+def find_weights(backbone, weights="auto"):
+    """The pretrained weights of a backbone: a given file or folder first, then timm's hub, else none.
+
+    Raises:
+        FileNotFoundError: a file or folder was given and does not hold them.
+    """
+    name = TIMM_MODELS[backbone]
+    if weights == "auto":
+        return _from_hub(name)
+    path = Path(weights)
+    path = path / f"{name}.safetensors" if path.is_dir() else path
+    if not path.is_file() or path.suffix != ".safetensors":
+        raise FileNotFoundError(f"{path}: no such weights. Give {name}.safetensors or a folder that holds it.")
+    return Weights("file", f"pretrained, {path.name}", str(path))
+
+
+@lru_cache
+def _from_hub(name):
+    kept = try_to_load_from_cache(f"timm/{name}", "model.safetensors")
+    if isinstance(kept, str):
+        return Weights("hub", f"pretrained, timm/{name}", kept)
+    try:
+        # The hub's client asks again for half a minute where there is no network: knock first.
+        urlopen(Request(HF_ENDPOINT, method="HEAD"), timeout=HUB_SECONDS).close()
+        path = hf_hub_download(f"timm/{name}", "model.safetensors", etag_timeout=HUB_SECONDS)
+    except Exception as error:  # whatever the network or the hub's client raises, the study goes on and says so
+        cause = type(error).__name__
+        return Weights("random", f"RANDOM WEIGHTS: timm's hub could not be reached ({cause}) and no file was given")
+    return Weights("hub", f"pretrained, timm/{name}", path)
+
+
+def _convolution(inputs, outputs):
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(outputs), nn.GELU()
+    )
