@@ -14,7 +14,7 @@ from kdutils import geometry
 from kdutils.teachers import PairPointmaps
 
 MOST_SPREAD = 0.25  # a pair whose depths disagree by more than this (median, relative) with its siblings is rejected
-LEAST_PARALLAX = 0.002  # metres of mean sideways motion per metre of depth, below which a scale cannot be read off
+LEAST_PARALLAX = 0.002  # metres of mean sideways motion, below which a scale cannot be read off
 
 
 @dataclass
@@ -120,7 +120,7 @@ class _Scales:
         self.ratios.append(ratio)
         # In the unit of image i's reference the pair's points are divided by its ratio.
         self.products.append(product / ratio)
-        self.squares.append(square / ratio**2)
+        self.squares.append(square)
         self.parallax.append(parallax)
 
     def _ratio_to_reference(self, number, i, depth, weight):
@@ -149,21 +149,24 @@ class _Scales:
             return np.bincount(images[good], np.array(values)[good], len(self.poses))
 
         with np.errstate(divide="ignore", invalid="ignore"):
-            image_scales = per_image(self.products) / per_image(self.squares)
+            image_scales = per_image(self.squares) / per_image(self.products)
         still = per_image(self.parallax) <= LEAST_PARALLAX * np.bincount(images[good], minlength=len(self.poses))
         image_scales[still | ~(image_scales > 0)] = np.nan
         for number in np.flatnonzero(good & ~np.isfinite(image_scales[images])):
             self.rejected[int(number)] = "too little camera motion in the pairs of its first image to read off a scale"
         with np.errstate(divide="ignore", invalid="ignore"):
-            own = np.array(self.products) / np.array(self.squares)
-            self.residuals = np.abs(own / image_scales[images] - 1)[good]
+            own = np.array(self.squares) / np.array(self.products)
+            residuals = np.abs(own / image_scales[images] - 1)
+        self.residuals = residuals[np.isfinite(residuals)]
         return image_scales[images] / ratios
 
 
 def _ray_equation(points, weight, intrinsics, j_from_i):
     """Normal equation of the scale s for which s·points lie on view j's pixel rays, and the parallax behind it.
 
-    For a unit ray r, points a = R·points and the motion t, ``|r x (s a + t)|`` is the distance to the ray in metres.
+    For a unit ray r, points a = R·points and the motion t, ``r x (s a + t)`` must vanish. It is solved for 1/s, as a
+    regression of ``r x a`` on ``r x t``: the motion is known, the points are noisy, and a regression on what is noisy
+    comes out too small.
     """
     rays = geometry.pixel_rays(intrinsics, *weight.shape)
     rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
@@ -172,7 +175,7 @@ def _ray_equation(points, weight, intrinsics, j_from_i):
     motion = np.cross(rays, j_from_i[:3, 3])
     weight = weight / max(weight.sum(), 1e-9)
     product = -np.sum(weight[..., None] * across * motion)
-    square = np.sum(weight[..., None] * across**2)
+    square = np.sum(weight[..., None] * motion**2)
     parallax = np.sum(weight * np.linalg.norm(motion, axis=-1))
     return product, square, parallax
 
@@ -212,5 +215,5 @@ def _report(aligned, residuals):
         "pairs": len(aligned.pair_scales),
         "rejected_pairs": {str(k): reason for k, reason in aligned.rejected_pairs.items()},
         "valid_share": float(valid.mean()),
-        "pair_scale_spread_median": float(np.nanmedian(residuals)) if residuals.size else None,
+        "pair_scale_spread_median": float(np.median(residuals)) if residuals.size else None,
     }

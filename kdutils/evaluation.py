@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from kdutils import artefacts
+from kdutils.settings import ARMS
 from kdutils.training import predict
 
 BANDS_CM = (5, 10)
@@ -100,32 +101,78 @@ def mean_point_errors(train_points, truth, mask):
     return point_errors(np.broadcast_to(train_points.mean(0), truth.shape), truth, mask)
 
 
-COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "rmse", "median", "p90", "within_5cm",
-           "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
-           "depth_within_10cm", "parameters", "megabytes", "latency_ms", "train_seconds")  # fmt: skip
+COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median",
+           "p90", "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
+           "depth_within_10cm", "parameters", "megabytes", "latency_ms", "train_seconds", "machine")  # fmt: skip
 
 
-def collect(runs_folders):
-    """All finished runs below some folders ``data/runs/SCENE/TEACHER`` as flat rows, one an arm."""
-    paths = (path for folder in runs_folders for path in sorted(Path(folder).glob("*/metrics.json")))
-    return [_row(artefacts.read_json(path)) for path in paths]
+def collect(study):
+    """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``."""
+    paths = (study.run_folder(arm) / "metrics.json" for arm in ARMS)
+    return [_row(artefacts.read_json(path)) for path in paths if path.exists()]
 
 
 def write_table(rows, path):
-    """Rows as JSON and as CSV beside it."""
-    artefacts.write_json(Path(path).with_suffix(".json"), rows)
+    """Rows as CSV, and last as JSON beside it."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: _short(row[name]) for name in COLUMNS} for row in rows)
     artefacts.write_text(Path(path).with_suffix(".csv"), text.getvalue())
+    artefacts.write_json(Path(path).with_suffix(".json"), rows)
+
+
+def claims(rows):
+    """What the paper claims, what these rows say of it, and whether it held: "held", "did not hold", "not tested".
+
+    Args:
+        rows: of one or more scenes, see ``collect``.
+    """
+    best = {scene: min((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
+            for scene in dict.fromkeys(row["scene"] for row in rows)}  # fmt: skip
+    named = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
+    ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())
+    sizes = [row["megabytes"] for row in rows]
+    return [
+        _claim("One image is enough: a student's error is far below that of the scene's mean point (a tenth).",
+               f"best student's gain over the mean point: {ratios}",
+               all(row["mse"] < 0.1 * row["mean_point_mse"] for row in best.values())),
+        _claim("The best student's test MSE is 0.0011 m² (kitchens) and 0.0012 m² (offices).", f"best here: {named}",
+               all(row["mse"] < 0.0015 for row in best.values())),
+        _claim("The ViT is better than the CNNs.", f"best here: {named}",
+               all(row["arm"].startswith("vit") for row in best.values())),
+        _compare(rows, "A pretrained backbone is better unfrozen than frozen.", "unfrozen", "frozen"),
+        _compare(rows, "Pretraining helps: unfrozen is better than from scratch.", "unfrozen", "scratch"),
+        _claim("Students take 5 to 45 MB.", f"{min(sizes):.1f} to {max(sizes):.1f} MB at 32 bits",
+               5 <= min(sizes) and max(sizes) <= 45),
+    ]  # fmt: skip
+
+
+def _compare(rows, text, better, worse):
+    """A claim on two starts of the same backbone, on all scenes that have both."""
+    by_arm = {(row["scene"], row["arm"]): row for row in rows}
+    pairs = [(row, by_arm[scene, f"{arm.split('-')[0]}-{worse}"]) for (scene, arm), row in by_arm.items()
+             if arm.endswith(f"-{better}") and (scene, f"{arm.split('-')[0]}-{worse}") in by_arm]  # fmt: skip
+    pretrained = [(a, b) for a, b in pairs if not a["unpretrained"] and not b["unpretrained"]]
+    if not pretrained:
+        return {"claim": text, "found": "no pretrained weights were at hand", "held": "not tested"}
+    wins = sum(a["mse"] < b["mse"] for a, b in pretrained)
+    return _claim(text, f"in {wins} of {len(pretrained)} comparisons", wins == len(pretrained))
+
+
+def _claim(text, found, held):
+    return {"claim": text, "found": found, "held": "held" if held else "did not hold"}
 
 
 def _row(metrics):
     own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
     depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
-    first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights")}
-    return {**first, **own, **depth, **metrics["size"], **metrics["timing"]}
+    first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
+    unpretrained = metrics["weights"] == "random" and not metrics["arm"].endswith("scratch")
+    label = metrics["arm"] + (" (random weights)" if unpretrained else "")
+    baseline = metrics["mean_point"]["mse"]
+    return {**first, "label": label, "unpretrained": unpretrained, **own, "mean_point_mse": baseline, **depth,
+            **metrics["size"], **metrics["timing"]}  # fmt: skip
 
 
 def _short(value):

@@ -52,6 +52,31 @@ def maps(rows, labels, value="", cmap="magma", limits=None, width=2.4):
     return _bare(figure, axes)
 
 
+def panels(arrays, titles, width=3.4):
+    """Pictures in one row, each ``(H, W)`` with a colour bar of its own."""
+    figure, axes = plt.subplots(1, len(arrays), figsize=(width * len(arrays), 0.8 * width), layout="constrained",
+                                squeeze=False)  # fmt: skip
+    for axis, array, title in zip(axes[0], arrays, titles):
+        shown = axis.imshow(array, cmap="viridis" if array.ndim == 2 else None)
+        if array.ndim == 2:
+            figure.colorbar(shown, ax=axis, shrink=0.8)
+        axis.set_title(title, fontsize=9)
+    return _bare(figure, axes)
+
+
+def two_clouds(before, after, poses, titles):
+    """Two clouds on top of each other, from above: once as they were and once as they are."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    a, b = _views(poses)[0]
+    for axis, clouds, title in zip(axes, (before, after), titles):
+        for points, colour in zip(clouds, (TRAIN, TEST)):
+            points, _ = thin(points, points, 8000)
+            axis.scatter(points[:, a], points[:, b], s=0.6, color=colour, linewidths=0, rasterized=True)
+        axis.plot(poses[:, a, 3], poses[:, b, 3], "k^", ms=6)
+        axis.set(title=title, xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+    return figure
+
+
 def scene_coordinates(points, low, high, mask=None):
     """World points ``(..., 3)`` as colours, so that every place in the room has a colour of its own."""
     colours = np.clip((points - low) / (high - low), 0, 1)
@@ -118,9 +143,9 @@ def results(rows, baseline=None, paper=None):
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
         axis.barh(place, row["mse"], color=_colour(row["arm"]), alpha=_strength(row["arm"]),
-                  hatch="///" if lacks_pretraining(row) else None, edgecolor="white")  # fmt: skip
+                  hatch="///" if row["unpretrained"] else None, edgecolor="white")  # fmt: skip
         axis.text(row["mse"] * 1.05, place, f"{row['mse']:.4f}", va="center", fontsize=8)
-    axis.set_yticks(range(len(rows)), [display_name(row) for row in rows], fontsize=8)
+    axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
     for value, name, style in ((baseline, "mean point", ":"), (paper, "paper's ViT", "--")):
         if value:
             axis.axvline(value, color="black", lw=0.9, ls=style, label=name)
@@ -144,15 +169,6 @@ def size_against_error(rows):
     axis.set(xlabel="student size in MB", ylabel="median error to depth in cm")
     axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
-
-
-def lacks_pretraining(row):
-    """Whether an arm should have started from pretrained weights and did not."""
-    return row["weights"] == "random" and not row["arm"].endswith("scratch")
-
-
-def display_name(row):
-    return row["arm"] + (" (random weights)" if lacks_pretraining(row) else "")
 
 
 def thin(points, colours, most=MOST_POINTS, seed=0):

@@ -14,7 +14,7 @@ def log_window_pairs(count, window, cyclic=False):
 
 
 def reference_pairs(count, reference=0):
-    """``oneref-k``: one image with all others."""
+    """``oneref``: one image with all others."""
     return _both_directions((reference, other) for other in range(count) if other != reference)
 
 
@@ -26,7 +26,7 @@ def complete_pairs(count):
 GRAPHS = {
     "swin": window_pairs,
     "logwin": log_window_pairs,
-    "oneref": reference_pairs,
+    "oneref": lambda count, window=None: reference_pairs(count),
     "complete": lambda count, window=None: complete_pairs(count),
 }
 

@@ -215,23 +215,23 @@ def face_sizes(scene):
 
 
 def locate(shape, unit):
-    """Face ``(N,)`` and coordinates ``(N, 2)`` in [-1, 1] along it of points ``(N, 3)`` on unit shapes ``(N,)``."""
-    x, y, z = unit.unbind(1)
-    ax, ay, az = unit.abs().unbind(1)
+    """Face ``(N,)`` and coordinates ``(2, N)`` in [-1, 1] along it of points ``(3, N)`` on unit shapes ``(N,)``."""
+    x, y, z = unit
+    ax, ay, az = unit.abs()
     on_x, on_z = (ax >= ay) & (ax >= az), (az > ax) & (az > ay)
-    face = torch.where(on_z, 4 + (z > 0).int(), torch.where(on_x, (x > 0).int(), 2 + (y > 0).int()))
-    uv = torch.stack([torch.where(on_x, y, x), torch.where(on_z, y, z)], 1)
-    rows = (shape != BOX).nonzero()[:, 0]
-    if len(rows):
-        x, y, z = unit[rows].unbind(1)
-        cap = (shape[rows] == CYLINDER) & (z.abs() > (x * x + y * y).sqrt())
-        face[rows] = torch.where(cap, face[rows], 0)
+    face = torch.where(on_z, 4 + (z > 0).long(), torch.where(on_x, (x > 0).long(), 2 + (y > 0).long()))
+    uv = torch.stack([torch.where(on_x, y, x), torch.where(on_z, y, z)])
+    curved = (shape != BOX).nonzero()[:, 0]
+    if len(curved):
+        x, y, z = unit[:, curved]
+        cap = (shape[curved] == CYLINDER) & (z.abs() > (x * x + y * y).sqrt())
+        face[curved] = torch.where(cap, face[curved], 0)
         angle = torch.atan2(y, x) / math.pi
-        uv[rows] = torch.where(cap[:, None], torch.stack([x, y], 1), torch.stack([angle, z], 1))
-    return face.long(), uv
+        uv[:, curved] = torch.where(cap, torch.stack([x, y]), torch.stack([angle, z]))
+    return face, uv
 
 
-def bake_light(scene, spacing=0.11, workers=0):
+def bake_light(scene, spacing=0.13, workers=0):
     """The scene with its light grid filled: lamps with soft shadows, the room's own glow, contact darkening, bounce."""
     count = (2 * face_sizes(scene) / spacing).ceil().long().clamp(1, 64) + 1
     count[scene.shape != BOX, 0] = count[scene.shape != BOX, 0].clamp_min(7)  # a round side turns through all directions
@@ -250,8 +250,12 @@ def bake_light(scene, spacing=0.11, workers=0):
     sizes = torch.unique_consecutive(cell[order], dim=0, return_counts=True)[1].tolist()
     chunks = list(zip(point[order].split(sizes), normal[order].split(sizes)))
     light = torch.empty_like(point)
-    light[order] = torch.cat(list(parallel_map(partial(_light_at, scene), chunks, workers)))
+    light[order] = torch.from_numpy(np.concatenate(list(parallel_map(partial(_light_at, scene), chunks, workers)))).to(light)
     return replace(scene, light_grid=torch.cat([first[:, None], count], 1), light=light)
+
+
+def _as_is(result):
+    return result
 
 
 class _Calls(torch.utils.data.Dataset):
@@ -274,7 +278,8 @@ def parallel_map(function, items, workers):
     """
     if not workers:
         return (function(item) for item in items)
-    return iter(torch.utils.data.DataLoader(_Calls(function, items), batch_size=None, num_workers=workers))
+    return iter(torch.utils.data.DataLoader(_Calls(function, items), batch_size=None, num_workers=workers,
+                                            collate_fn=_as_is))
 
 
 def face_point(scene, primitive, face, uv):
@@ -302,7 +307,7 @@ def face_point(scene, primitive, face, uv):
 
 
 def _light_at(scene, spots):
-    """RGB light ``(N, 3)`` that falls on neighbouring points with their normals, both ``(N, 3)``."""
+    """RGB light, an array ``(N, 3)``, that falls on neighbouring points with their normals, both ``(N, 3)``."""
     point, normal = spots
     start = point + 2e-3 * normal
     light = torch.zeros_like(point)
@@ -316,10 +321,10 @@ def _light_at(scene, spots):
             light += (reached * facing / (distance**2 + 0.3)).mean(0)[:, None] * lamp[3:6]
     depth, seen = _first_hit(scene, start, _dome(normal), start.mean(0), REACH)
     tint = scene.colours[scene.material[:, 2], 0]
-    return light + (0.34 * (depth / REACH).clamp_max(1)[..., None] + 0.22 * tint[seen]).mean(0)
+    return (light + (0.24 * (depth / REACH).clamp_max(1)[..., None] + 0.22 * tint[seen]).mean(0)).cpu().numpy()
 
 
-def _dome(normal, samples=20):
+def _dome(normal, samples=16):
     """Unit rays ``(samples, N, 3)`` around normals, cosine-weighted: points of equal weight on a spiral."""
     side = F.normalize(normal.roll(1, 1) * torch.tensor([1.0, 1.0, -1.0], device=normal.device)
                        + normal.roll(2, 1) * 0.5 + 1e-3, dim=1)
@@ -358,15 +363,16 @@ def _first_hit(scene, start, rays, target, spread):
 
 
 def look_up_light(scene, face, uv):
-    """Light ``(N, 3)``, interpolated between the texels of each face; arguments as `surface_points` gives them."""
-    first, columns, rows = scene.light_grid.index_select(0, face).unbind(1)
-    x, y = (uv[:, 0] + 1) / 2 * (columns - 1), (uv[:, 1] + 1) / 2 * (rows - 1)
+    """Light ``(3, N)``, interpolated between the texels of each face; arguments as `surface_points` gives them."""
+    first, columns, rows = scene.light_grid.T.contiguous().index_select(1, face)
+    x, y = (uv[0] + 1) / 2 * (columns - 1), (uv[1] + 1) / 2 * (rows - 1)
     x, y = torch.minimum(x.clamp_min(0), columns - 1.001), torch.minimum(y.clamp_min(0), rows - 1.001)
     corner = first + x.long() + y.long() * columns
-    fx, fy = x.frac()[:, None], y.frac()[:, None]
-    top, top_right, bottom, bottom_right = (scene.light.index_select(0, corner + step)
-                                            for step in (0, 1, columns, columns + 1))
-    return torch.lerp(torch.lerp(top, top_right, fx), torch.lerp(bottom, bottom_right, fx), fy)
+    table = scene.light.T.contiguous()
+    top, top_right, bottom, bottom_right = (table.index_select(1, corner + step) for step in (0, 1, columns, columns + 1))
+    across, down = x.frac(), y.frac()
+    top, bottom = torch.addcmul(top, top_right - top, across), torch.addcmul(bottom, bottom_right - bottom, across)
+    return torch.addcmul(top, bottom - top, down)
 
 
 # ---------------------------------------------------------------------------------------------------- textures
@@ -388,10 +394,10 @@ class Spots:
 
     def __init__(self, noise, uv, half, seed, colours, cells):
         self.table, self.seed = noise, seed
-        self.u, self.v = (uv * half).unbind(1)  # metres from the face's centre
-        self.hu, self.hv = half.unbind(1)
-        self.s, self.t = uv.unbind(1)  # the same in [-1, 1]
-        self.a, self.b = colours[:, 0], colours[:, 1]
+        self.u, self.v = uv * half  # metres from the face's centre
+        self.hu, self.hv = half
+        self.s, self.t = uv  # the same in [-1, 1]
+        self.a, self.b = colours[:3], colours[3:]  # (3, N)
         self.cu, self.cv = cells.unbind(1)
 
     def rand(self, *cells):
@@ -416,20 +422,20 @@ class Spots:
 
 
 def mix(a, b, share):
-    return a + (b - a) * share.clamp(0, 1)[:, None]
+    return torch.addcmul(a, b - a, share.clamp(0, 1))
 
 
 def vivid(h):
-    """A saturated colour ``(N, 3)`` for each number in [0, 1)."""
-    phase = torch.stack([h, h + 0.36, h + 0.69], 1) * 2 * math.pi
-    return (0.30 + 0.27 * phase.cos()) * (0.35 + 0.9 * (h * 7.13 % 1))[:, None]
+    """A lively colour ``(3, N)`` for each number in [0, 1)."""
+    phase = torch.stack([h, h + 0.36, h + 0.69]) * 2 * math.pi
+    return (0.29 + 0.2 * phase.cos()) * (0.35 + 0.9 * (h * 7.13 % 1))
 
 
 def only(mask, value, otherwise):
-    """`value` where the mask holds, with colours given as tuples or ``(N, 3)``."""
+    """`value` where the mask holds, with colours given as tuples or ``(3, N)``."""
     if isinstance(value, tuple):
-        value = torch.tensor(value, device=mask.device)
-    return torch.where(mask[:, None], value, otherwise)
+        value = torch.tensor(value, device=mask.device)[:, None]
+    return torch.where(mask, value, otherwise)
 
 
 def cell_of(x, size):
@@ -475,8 +481,8 @@ def planks(s):
     column, x = cell_of(s.u + s.rand(row) * s.cu, s.cu)
     tone = s.rand(row, column, 5)
     gap = torch.minimum(torch.minimum(y, 1 - y) * s.cv, torch.minimum(x, 1 - x) * s.cu)
-    board = _grain(s, s.u + 7 * tone, s.v + 3 * tone) * (0.65 + 0.6 * tone)[:, None]
-    return board * (0.35 + 0.65 * (gap / 0.004).clamp(0, 1))[:, None]
+    board = _grain(s, s.u + 7 * tone, s.v + 3 * tone) * (0.65 + 0.6 * tone)
+    return board * (0.35 + 0.65 * (gap / 0.004).clamp(0, 1))
 
 
 def tiles(s):
@@ -498,7 +504,7 @@ def checker(s):
     cloud, _, grain = s.noise(1.5)
     share = ((column + row) % 2) * 0.85 + 0.3 * (s.rand(row, column) - 0.5) + 0.5 * (cloud - 0.5) + 0.2 * (grain - 0.5)
     gap = torch.minimum(torch.minimum(y, 1 - y) * s.cv, torch.minimum(x, 1 - x) * s.cu)
-    return mix(s.a, s.b, share) * (0.55 + 0.45 * (gap / 0.004).clamp(0, 1))[:, None]
+    return mix(s.a, s.b, share) * (0.55 + 0.45 * (gap / 0.004).clamp(0, 1))
 
 
 def fabric(s):
@@ -518,7 +524,7 @@ def rug(s):
     rug = only(ring < 3, mix(s.b, vivid(s.rand(ring, 4)), (ring % 2) * 0.9), middle)
     _, _, weave = s.noise(5.0)
     cloud, _, _ = s.noise(0.7)
-    return rug * (0.55 + 0.5 * weave + 0.4 * cloud)[:, None]
+    return rug * (0.55 + 0.5 * weave + 0.4 * cloud)
 
 
 def books(s):
@@ -535,7 +541,7 @@ def books(s):
     band = ((y - 0.12 - 0.12 * s.rand(k, 4)).abs() < 0.035) | ((y - 0.9).abs() < 0.02)
     cover = only(title | (band & (s.rand(k, 7) > 0.3)), mix(cover, s.b, torch.full_like(x, 0.75)), cover)
     rounding = 0.45 + 0.75 * (1 - (2 * x - 1) ** 2).clamp_min(0).sqrt()
-    return only(y > 1, (0.02, 0.017, 0.015), cover * rounding[:, None])
+    return only(y > 1, (0.02, 0.017, 0.015), cover * rounding)
 
 
 def text(s, x, y, line=0.02):
@@ -586,14 +592,14 @@ def painting(s):
     for k in range(4):
         ridge, hump, _ = s.noise(0.8 + 0.3 * k, 0.0, s.u + 1.7 * k, s.v)
         level = 0.45 - 0.4 * k + 0.8 * (ridge - 0.5) + 0.2 * (hump - 0.5)
-        hill = vivid(s.rand(k, 3)) * (0.5 + 0.6 * blob + 0.4 * dabs)[:, None]
+        hill = vivid(s.rand(k, 3)) * (0.5 + 0.6 * blob + 0.4 * dabs)
         sheet = only(s.t < level, hill, sheet)
     return sheet
 
 
 def framed(s):
     mat = only(s.edge() < 0.075, (0.75, 0.73, 0.68), painting(s))
-    return only(s.edge() < 0.03, s.a * (0.7 + 0.6 * (s.edge() / 0.03).clamp(0, 1))[:, None], mat)
+    return only(s.edge() < 0.03, s.a * (0.7 + 0.6 * (s.edge() / 0.03).clamp(0, 1)), mat)
 
 
 def panel(s):
@@ -605,7 +611,7 @@ def panel(s):
     inset = torch.minimum(torch.minimum(x, 1 - x) * width, torch.minimum(y, 1 - y) * height)
     face = wood(s)
     bevel = ((inset - 0.055).abs() < 0.008).float() * torch.where(y + x > 1, -0.35, 0.25)
-    face = face * (1 + bevel)[:, None]
+    face = face * (1 + bevel)
     low = height < 0.3
     side = torch.where(column % 2 == 0, 0.88, 0.12)
     bar = torch.where(low, ((x - 0.5).abs() * width < 0.07) & ((y - 0.72).abs() * height < 0.010),
@@ -620,7 +626,7 @@ def door(s):
     column, x = cell_of(s.s + 1, 1.0)
     row, y = cell_of(s.t + 1, 2 / 3)
     inset = torch.minimum(torch.minimum(x, 1 - x) * s.hu, torch.minimum(y, 1 - y) * s.hv * 2 / 3)
-    leaf = wood(s) * (1 + ((inset - 0.09).abs() < 0.014).float() * torch.where(y + x > 1, -0.4, 0.25))[:, None]
+    leaf = wood(s) * (1 + ((inset - 0.09).abs() < 0.014).float() * torch.where(y + x > 1, -0.4, 0.25))
     knob = (s.u - 0.82 * s.hu) ** 2 + (s.v + 0.02) ** 2 < 0.03**2
     plate = ((s.u - 0.82 * s.hu).abs() < 0.022) & ((s.v + 0.03).abs() < 0.1)
     leaf = only(plate, (0.5, 0.42, 0.22), leaf)
@@ -685,14 +691,14 @@ def outdoors(s):
 
 def leaf(s):
     cloud, blob, grain = s.noise(2.5)
-    return mix(s.a, s.b, 1.6 * (blob - 0.4) + 0.8 * (grain - 0.4)) * (0.5 + cloud)[:, None]
+    return mix(s.a, s.b, 1.6 * (blob - 0.4) + 0.8 * (grain - 0.4)) * (0.5 + cloud)
 
 
 def keyboard(s):
     column, x = cell_of(s.u + 0.5 * (s.v / 0.02).floor() * 0.007, 0.02)
     row, y = cell_of(s.v, 0.02)
     key = (x > 0.15) & (y > 0.15) & (s.edge() > 0.008)
-    return only(key, s.b * (0.6 + 0.5 * s.rand(row, column))[:, None], s.a)
+    return only(key, s.b * (0.6 + 0.5 * s.rand(row, column)), s.a)
 
 
 def label(s):
@@ -715,7 +721,7 @@ def clock(s):
 
 def ribs(s):
     _, x = cell_of(s.u, s.cu)
-    return mix(s.a, s.b, (2 * x - 1).abs() ** 2) * (0.9 + 0.2 * (s.t > -0.9))[:, None]
+    return mix(s.a, s.b, (2 * x - 1).abs() ** 2) * (0.9 + 0.2 * (s.t > -0.9))
 
 
 def pinboard(s):
@@ -730,7 +736,7 @@ def pinboard(s):
     sheet = only(text(s, s.u, s.v, 0.02), sheet * 0.35, sheet)
     wavy, hump, _ = s.noise(1.3, 0.2)
     scribble = ((s.t * 3 - 2 * wavy - hump).frac().abs() < 0.045) & (cell_of(s.u, 0.5)[1] < 0.6)
-    board = only(scribble & (s.a[:, 0] > 0.6), vivid(s.rand((s.t * 3).floor())), plain(s))
+    board = only(scribble & (s.a[0] > 0.6), vivid(s.rand((s.t * 3).floor())), plain(s))
     board = only(note, sheet, board)
     board = only(there & (x * x + (y - 0.04) ** 2 < 0.007**2), (0.7, 0.05, 0.05), board)
     return only(s.edge() < 0.025, s.b * 0.5, board)
@@ -741,19 +747,20 @@ PATTERNS = (plain, plaster, wallpaper, wood, planks, tiles, checker, fabric, rug
 
 
 def albedo(scene, face, uv, half, material):
-    """Surface colour ``(N, 3)``, linear RGB: each texture is evaluated for its own points only."""
-    pattern = scene.pattern.index_select(0, material)
+    """Surface colour ``(3, N)``, linear RGB: each texture is evaluated for its own points only."""
+    pattern = scene.pattern.to(torch.uint8).index_select(0, material)
     order = pattern.argsort(stable=True)
     ends = pattern[order].bincount(minlength=len(PATTERNS)).cumsum(0).tolist()
-    colour = torch.empty(len(uv), 3, device=uv.device)
+    colour = torch.empty(3, len(face), device=face.device)
+    table = scene.colours.reshape(-1, 6).T.contiguous()
     for number, texture in enumerate(PATTERNS):
         rows = order[ends[number - 1] if number else 0:ends[number]]
         if len(rows):
-            m, f, at, size = (x.index_select(0, rows) for x in (material, face, uv, half))
+            m, f, at, size = (x.index_select(-1, rows) for x in (material, face, uv, half))
             # A box's faces must not repeat each other.
             seed = scene.seed.index_select(0, f // FACES) + (f % FACES).int() * 7919
-            colours, cells = scene.colours.index_select(0, m), scene.cells.index_select(0, m)
-            colour.index_copy_(0, rows, texture(Spots(scene.noise, at, size, seed, colours, cells)))
+            colours, cells = table.index_select(1, m), scene.cells.index_select(0, m)
+            colour.index_copy_(1, rows, texture(Spots(scene.noise, at, size, seed, colours, cells)))
     return colour
 
 
@@ -769,29 +776,26 @@ def surface_points(scene, pose, rays, depth, primitive):
         depth, primitive: ``(H, W)``.
 
     Returns:
-        Face ``(N,)`` as row of a (P * 6) table and coordinates in [-1, 1] along the face ``(N, 2)``, N = H * W.
+        Face ``(N,)`` as row of a (P * 6) table and coordinates in [-1, 1] along the face ``(2, N)``, N = H * W.
     """
     camera = (rays * depth).reshape(3, -1)
     primitive = primitive.reshape(-1)
     matrix, offset = scene.unit_map()
     matrix, offset = _matmul3(matrix, pose[:3, :3]), (matrix * pose[:3, 3]).sum(-1) + offset
-    table = torch.cat([matrix, offset[..., None]], 2)
-    unit = torch.empty(len(primitive), 3, device=depth.device)
-    for axis in range(3):
-        x, y, z, shift = table[:, axis].index_select(0, primitive).unbind(1)
-        unit[:, axis] = camera[0] * x + camera[1] * y + camera[2] * z + shift
+    table = torch.cat([matrix, offset[..., None]], 2).reshape(-1, 12).T.contiguous()
+    rows = table.index_select(1, primitive).reshape(3, 4, -1)
+    unit = rows[:, 0] * camera[0] + rows[:, 1] * camera[1] + rows[:, 2] * camera[2] + rows[:, 3]
     face, uv = locate(scene.shape.index_select(0, primitive), unit)
     return primitive * FACES + face, uv
 
 
 def shade(scene, pose, rays, depth, primitive):
-    """Linear RGB ``(H, W, 3)`` of one view; arguments as in `surface_points`."""
+    """Linear RGB ``(3, H, W)`` of one view; arguments as in `surface_points`."""
     face, uv = surface_points(scene, pose, rays, depth, primitive)
-    half = face_sizes(scene).reshape(-1, 2).index_select(0, face)
+    half = face_sizes(scene).reshape(-1, 2).T.contiguous().index_select(1, face)
     material = scene.material.reshape(-1).index_select(0, face)
-    light = look_up_light(scene, face, uv)
-    light = torch.lerp(light, torch.ones_like(light), scene.glow.index_select(0, material)[:, None])
-    return (albedo(scene, face, uv, half, material) * light).reshape(*depth.shape, 3)
+    light, glow = look_up_light(scene, face, uv), scene.glow.index_select(0, material)
+    return (albedo(scene, face, uv, half, material) * (light + (1 - light) * glow)).reshape(3, *depth.shape)
 
 
 def picture(scene, poses, intrinsics, size):
@@ -800,7 +804,7 @@ def picture(scene, poses, intrinsics, size):
     images = []
     rays = pixel_rays(intrinsics, 2 * height, width, True)
     for pose, depth, primitive in zip(poses, *trace(scene, poses, intrinsics, (2 * height, width), True)):
-        linear = shade(scene, pose, rays, depth, primitive).reshape(height, 2, width, 3).mean(1)
+        linear = shade(scene, pose, rays, depth, primitive).reshape(3, height, 2, width).mean(2).permute(1, 2, 0)
         # A soft shoulder keeps lamps and windows from clipping flat.
         images.append((255 * (1 - (-1.55 * linear.clamp_min(0)).exp()) ** (1 / 2.2) + 0.5).clamp(0, 255).byte())
     return torch.stack(images)

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -215,11 +215,12 @@ class Maker:
     def plant(self, scale=1.0):
         pot = 0.09 * scale
         solids = [drum(0, 0, 0, pot, 1.6 * pot, self.paint(self.pick("clay", "label", "white")), self.paint("black"))]
-        for k in range(6):
-            angle, reach = 2.4 * k, (0.5 + 0.12 * k) * pot
-            z = pot * (2.1 + 0.55 * k)
-            solids.append(ball(reach * math.cos(angle), reach * math.sin(angle), z, pot * self.between(0.5, 1.1),
-                               pot * self.between(0.5, 1.1), pot * self.between(0.6, 1.2), self.paint("leaf")))
+        for k in range(11):
+            lean, length = 0.15 + 0.09 * k + self.between(-0.1, 0.1), pot * self.between(1.3, 2.0)
+            stand = turn(2.4 * k) @ turn(lean, "x")
+            blade = Solid(BALL, np.array([0, 0, length]), np.array([0.42 * pot, 0.1 * pot, length]), np.eye(3),
+                          (self.paint("leaf"),) * 6)
+            solids.append(blade.moved(stand, np.array([0, 0, 1.5 * pot])))
         return solids
 
     def kettle(self):
@@ -391,7 +392,11 @@ class Maker:
     def coats(self):
         """A rail with coats and a bag."""
         hooks = [box(0, -0.015, 1.65, 0.8, 0.03, 0.09, self.wood)]
-        coats = [ball(x, -0.1, 1.18 + self.between(-0.05, 0.05), 0.15, 0.09, 0.45, self.paint("fabric")) for x in (-0.25, 0.1)]
+        coats = []
+        for x in (-0.25, 0.1):
+            cloth, z = self.paint("fabric"), self.between(0.72, 0.85)
+            body = Solid(CYLINDER, np.array([x, -0.1, (z + 1.5) / 2]), np.array([0.15, 0.085, (1.5 - z) / 2]), np.eye(3), (cloth,) * 6)
+            coats += [body, ball(x, -0.1, 1.5, 0.15, 0.085, 0.14, cloth)]
         return hooks + coats + [box(0.32, -0.08, 1.15, 0.26, 0.1, 0.32, self.paint("fabric"))]
 
     def boxes(self):
@@ -513,6 +518,12 @@ def build_room(kind, seed, device="cpu"):
 
     The light is computed here, once, on `device`; the room itself comes back on the CPU.
     """
+    room = furnish(kind, seed)
+    return replace(room, scene=caster.bake_light(room.scene.to(device), workers=_workers(device)).to("cpu"))
+
+
+def furnish(kind, seed):
+    """The same room in the dark: all its solids, which takes a fraction of the time."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind of room {kind!r}; known: {', '.join(KINDS)}")
     rng = _generator(kind, seed, 0)
@@ -524,13 +535,12 @@ def build_room(kind, seed, device="cpu"):
     lamps = _lamps(make, plan, size)
     solids = shell + _skirting(make, size) + plan.solids + [
         drum(x, y, height - 0.07, 0.2, 0.07, make.paint("lamp")) for x, y in lamps[:2, :2]]
-    scene = _scene(solids, lamps, rng)
-    scene = caster.bake_light(scene.to(device), workers=_workers(device)).to("cpu")
-    return Room(kind, seed, size, lamps, (width / 2 - 1.2, depth / 2 - 1.05), scene)
+    return Room(kind, seed, size, lamps, (width / 2 - 1.2, depth / 2 - 1.05), _scene(solids, lamps, rng))
 
 
 def _workers(device):
-    return min(4, os.cpu_count() or 1) if torch.device(device).type == "cpu" else 0
+    # As many processes as torch would have used threads: that number knows of limits that the count of cores does not.
+    return min(4, torch.get_num_threads()) if torch.device(device).type == "cpu" else 0
 
 
 def _generator(kind, seed, *stream):
@@ -557,9 +567,9 @@ def _lamps(make, plan, size):
     """Two ceiling lamps and the daylight of the window, rows of position, colour, radius."""
     width, depth, height = size
     warm = np.array([1.0, make.between(0.80, 0.95), make.between(0.55, 0.85)])
-    lamps = [(s * width / 4, make.between(-0.2, 0.2), height - 0.12, *(make.between(1.0, 1.6) * warm), 0.1) for s in (-1, 1)]
-    day = np.array([0.75, 0.92, 1.1]) * make.between(0.7, 1.5)
-    lamps += [(-plan.mirror * (width / 2 - 0.3), s, 1.65, *day, 0.25) for s in (-0.3, 0.4)]
+    lamps = [(s * width / 4, make.between(-0.2, 0.2), height - 0.12, *(make.between(1.2, 1.9) * warm), 0.1) for s in (-1, 1)]
+    day = np.array([0.75, 0.92, 1.1]) * make.between(1.8, 3.4)
+    lamps.append((-plan.mirror * (width / 2 - 0.4), plan.mirror * 0.1, 1.65, *day, 0.4))
     return np.array(lamps)
 
 
@@ -605,10 +615,13 @@ def camera_path(room, frames, sequence, seed):
 
     forwards = -1 if sequence % 2 else 1
     phase = forwards * np.radians(rng.uniform(3.4, 3.9) * i) + rng.uniform(0, 2 * np.pi)
-    reach = (0.8, 0.95, 0.72)[sequence % 3] + wobble(0.08, 47, 23)
-    height = (1.45, 1.30, 1.60)[sequence % 3] + wobble(0.07, 53, 19)
-    yaw = phase + np.pi + (0.0, 0.4, -0.45)[sequence % 3] + wobble(0.35, 67, 41)
-    pitch = (-0.20, -0.15, -0.30)[sequence % 3] + wobble(0.12, 37, 29)
+    # Heights keep their bands apart, so a test view never falls on a training view.
+    reach, middle_height, aside, tilt = ((0.82, 1.45, 0.0, -0.24), (0.97, 1.27, 0.4, -0.16),
+                                         (0.72, 1.63, -0.45, -0.42))[sequence and 1 + (sequence - 1) % 2]
+    reach = reach + wobble(0.06, 47, 23)
+    height = middle_height + wobble(0.06, 53, 19)
+    yaw = phase + np.pi + aside + wobble(0.35, 67, 41)
+    pitch = tilt + wobble(0.14, 37, 29)
     roll = wobble(0.03, 31, 13)
     position = np.stack([room.ring[0] * reach * np.cos(phase), room.ring[1] * reach * np.sin(phase), height], -1)
     position += rng.normal(0, 0.002, position.shape)
@@ -653,7 +666,8 @@ def render(room, poses, intrinsics, size, device="cpu"):
 
 
 def _on(device, room, poses, intrinsics):
-    return (room.scene.to(device), *(torch.as_tensor(np.asarray(x), dtype=torch.float32, device=device) for x in (poses, intrinsics)))
+    return (room.scene.to(device), *(torch.as_tensor(x, dtype=torch.float32, device=device)
+                                      for x in (poses, intrinsics)))
 
 
 def sensed_depth(depth, lost, rng, focal):
@@ -735,7 +749,7 @@ def _settings(folder):
         return None
 
 
-def _write_frames(data, settings, device, progress, batch=4):
+def _write_frames(data, settings, device, progress, batch=2):
     kind, seed, every = settings["kind"], settings["seed"], settings["every"]
     room = build_room(kind, seed, device)
     paths = [camera_path(room, n, k, seed)[::every] for k, n in enumerate(settings["sequences"])]
@@ -775,7 +789,7 @@ def _write_frame(data, number, image, depth, lost, rng, focal):
     grain = rng.normal(0, 1.2, image.shape[:2])[..., None]
     image = np.clip(image + grain + 0.5, 0, 255).astype(np.uint8)
     Image.fromarray(image).save(data / f"frame-{number:06d}.color.jpg", quality=92)
-    Image.fromarray(sensed_depth(depth, lost, rng, focal)).save(data / f"frame-{number:06d}.depth.png", compress_level=4)
+    Image.fromarray(sensed_depth(depth, lost, rng, focal)).save(data / f"frame-{number:06d}.depth.png", compress_level=2)
 
 
 def _write_poses(data, paths):

@@ -109,6 +109,18 @@ class Study:
         return self.runs_folder / (arm if self.seed == 0 else f"{arm}-seed{self.seed}")
 
     @property
+    def notebooks_folder(self):
+        """Where executed copies of the scene's notebooks are kept."""
+        return self.run_folder("notebooks")
+
+    def figures_folder(self, scenes="all"):
+        """``figures/`` for the default study as a whole; a folder of its own below it for all others."""
+        root = self.data / "figures" if "KDUTILS_DATA" in os.environ else REPOSITORY / "figures"
+        if scenes == "all" and self.describe() == Study(self.scene).describe():
+            return root
+        return root / "-".join([self.preset_name, self.teacher, f"seed{self.seed}", scenes.replace("/", "_")])
+
+    @property
     def arms(self):
         """The arms this scene is trained with: all of them on the preset's first scene and on scenes of one's own."""
         others = self.preset.scenes[1:]

@@ -5,12 +5,13 @@ skipped. Notebooks call these and show what comes out.
 """
 
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdutils import alignment, artefacts, evaluation, labelling, pairs, rooms, scenes, teachers, training
+from kdutils import alignment, artefacts, evaluation, figures, labelling, pairs, rooms, scenes, teachers, training
 from kdutils.settings import ARMS, Study
 
 Labels = namedtuple("Labels", "points confidence valid depth report digest")
@@ -38,17 +39,16 @@ def scene_folder(study):
             f"such as {rooms.KINDS[0]}-7."
         )
     folder = study.workspace / "scenes" / study.scene
-    with tqdm(desc=f"render {study.scene}", unit="frame") as bar:
-        every = study.preset.render_every
-        return rooms.write_room(folder, kind, int(room_seed or 0), every=every, device=study.device,
-                                progress=lambda done, total: _advance(bar, done, total))  # fmt: skip
+    return rooms.write_room(folder, kind, int(room_seed or 0), every=study.preset.render_every, device=study.device,
+                            progress=Bar(f"render {study.scene}", "frame"))  # fmt: skip
 
 
 def prepare(study):
     """Stage 01: the scene's usable frames, decoded once at the study's image size."""
     scene = scenes.Scene.open(scene_folder(study), study.scene)
     preset = study.preset
-    return scenes.prepare(scene, study.frames_folder, preset.size, preset.most_train, preset.most_test)
+    return scenes.prepare(scene, study.frames_folder, preset.size, preset.most_train, preset.most_test,
+                          progress=partial(tqdm, desc="decode", unit="frame"))  # fmt: skip
 
 
 def frames(study):
@@ -60,10 +60,10 @@ def label(study, checkpoint="auto"):
     """Stage 02: the teacher over the pair graph, streamed to disk; ``checkpoint`` is for DUSt3R."""
     scene_frames = frames(study)
     edges = pairs.sequence_pairs(scene_frames.sequence, study.preset.pair_graph, study.preset.window)
-    inputs = artefacts.file_digest(study.frames_folder / scenes.TENSORS)
+    inputs = artefacts.file_digest(study.frames_folder / scenes.MANIFEST)
     teacher = teachers.build(study, scene_frames, checkpoint)
-    bar = lambda chunks: tqdm(chunks, desc=f"{teacher.name} labels", unit="shard")  # noqa: E731
-    return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs, progress=bar)
+    return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
+                                 progress=partial(tqdm, desc=f"{teacher.name} labels", unit="shard"))  # fmt: skip
 
 
 def align(study):
@@ -74,7 +74,7 @@ def align(study):
     if not artefacts.manifest_matches(manifest, settings):
         scene_frames = frames(study)
         aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,
-                                         lambda s: tqdm(s, desc="align", unit="shard"))  # fmt: skip
+                                         partial(tqdm, desc="align", unit="shard"))  # fmt: skip
         valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
         artefacts.discard(manifest)
         artefacts.write_tensors(
@@ -121,11 +121,8 @@ class Classroom:
     def teach(self, name):
         """Stages 04 and 05: train one arm, predict the test frames once, and measure."""
         study, arm, folder = self.study, ARMS[name], self.study.run_folder(name)
-        with tqdm(desc=name, total=study.preset.steps, unit="step") as bar:
-            student, manifest = training.run_arm(
-                study, arm, self.examples, self.train, self.validation, self.labels.digest, self.weights,
-                lambda step, total, text: (_advance(bar, step, total), bar.set_postfix_str(text)),
-            )  # fmt: skip
+        student, manifest = training.run_arm(study, arm, self.examples, self.train, self.validation,
+                                             self.labels.digest, self.weights, Bar(name, "step"))  # fmt: skip
         settings = {"student": manifest["settings"], "preset": study.describe()}
         if not artefacts.manifest_matches(folder / "metrics.json", settings):
             evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
@@ -158,19 +155,61 @@ class Classroom:
         return evaluation.read_predictions(self.study.run_folder(name) / "predictions.safetensors")
 
 
+def side_by_side(classroom, arm, chosen, low, high):
+    """Four rows of pictures for some test frames: image, teacher's and student's scene coordinates, error in metres.
+
+    Args:
+        classroom, arm: a scene, and one of its trained arms. chosen: places among the test frames.
+        low, high: world points ``(3,)`` that become black and white, see ``figures.scene_coordinates``.
+    """
+    test = classroom.test[chosen]
+    taught, said = classroom.labels.points[test], classroom.predictions(arm)[chosen]
+    valid = classroom.labels.valid[test]
+    error = np.where(valid, np.linalg.norm(said - taught, axis=-1), np.nan)
+    coordinates = [figures.scene_coordinates(points, low, high, valid) for points in (taught, said)]
+    return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
+
+
+def keep_results(folder, rows, claims, studies):
+    """The results' plots, the claims, and last the tables ``results.csv`` and ``results.json``."""
+    for study in studies:
+        found = [row for row in rows if row["scene"] == study.scene]
+        figure = figures.results(found, found[0]["mean_point_mse"])
+        figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
+        figure.savefig(folder / f"results_{study.scene.replace('/', '_')}.png", dpi=110)
+    figures.size_against_error(rows).savefig(folder / "size_against_error.png", dpi=110)
+    artefacts.write_json(folder / "claims.json", claims)
+    evaluation.write_table(rows, folder / "results")
+
+
 def history(study, name):
     """Training and validation error by step of a trained arm."""
     return artefacts.read_json(study.run_folder(name) / "student.json")["history"]
 
 
-def finished_scenes(study):
-    """Studies like this one, of every scene that has finished runs."""
-    root = study.workspace / "runs"
-    names = sorted({str(path.parents[2].relative_to(root)) for path in root.rglob("metrics.json")
-                    if path.parents[1].name == study.teacher})  # fmt: skip
-    return [Study(name, study.preset_name, study.teacher, study.device.type, study.seed) for name in names]
+def finished(study, chosen="all"):
+    """Studies like this one that have results: of the preset's scenes, or of some ``chosen``, comma between them.
+
+    Raises:
+        MissingStage: none has.
+    """
+    names = study.preset.scenes if chosen == "all" else chosen.split(",")
+    siblings = [Study(name, study.preset_name, study.teacher, str(study.device), study.seed) for name in names]
+    done = [sibling for sibling in siblings if evaluation.collect(sibling)]
+    if not done:
+        raise MissingStage(f"no student of {', '.join(names)} is trained: run notebooks 04 and 05 first.")
+    return done
 
 
-def _advance(bar, done, total):
-    bar.total = total
-    bar.update(done - bar.n)
+class Bar:
+    """A progress bar that appears with the first step, so that a stage that is skipped shows none."""
+
+    def __init__(self, name, unit):
+        self.name, self.unit, self.bar = name, unit, None
+
+    def __call__(self, done, total, text=""):
+        self.bar = self.bar or tqdm(desc=self.name, unit=self.unit, total=total)
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()

@@ -98,14 +98,16 @@ class PixelShuffleHead(nn.Module):
 
 
 class VanillaCNN(nn.Module):
-    """Plain 5x5 convolutions, each halving the resolution: stride 16."""
+    """Plain 5x5 convolutions: four that halve the resolution, then two through which every pixel sees far around."""
 
     stride, channels = 16, 256
 
     def __init__(self):
         super().__init__()
         widths = (3, 32, 64, 128, self.channels)
-        self.layers = nn.Sequential(*(_convolution(a, b) for a, b in zip(widths, widths[1:])))
+        halving = [_convolution(a, b, stride=2) for a, b in zip(widths, widths[1:])]
+        level = [_convolution(self.channels, self.channels, stride=1) for _ in range(2)]
+        self.layers = nn.Sequential(*halving, *level)
 
     def forward(self, images):
         return self.layers(images - 0.5)
@@ -223,7 +225,7 @@ def _from_hub(name):
     return Weights("hub", f"pretrained, timm/{name}", path)
 
 
-def _convolution(inputs, outputs):
+def _convolution(inputs, outputs, stride):
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(outputs), nn.GELU()
+        nn.Conv2d(inputs, outputs, 5, stride=stride, padding=2, bias=False), nn.BatchNorm2d(outputs), nn.GELU()
     )

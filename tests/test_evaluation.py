@@ -1,0 +1,170 @@
+"""Error figures against closed forms, sizes counted by hand, predictions and tables that survive the disk."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.testing import assert_allclose
+
+from kdutils import evaluation, students, training
+from kdutils.settings import ARMS, Study
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+VECTOR = st.tuples(*[st.floats(-2, 2)] * 3).map(np.array)
+
+
+def scene(seed=0, shape=(2, 6, 7)):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(*shape, 3)), rng.random(shape) < 0.6
+
+
+@given(VECTOR, st.integers(0, 100))
+def test_constant_offset(offset, seed):
+    truth, mask = scene(seed)
+    length = np.linalg.norm(offset)
+    found = evaluation.point_errors(truth + offset, truth, mask)
+    assert found["mse"] == pytest.approx(length**2 / 3, abs=1e-12)
+    assert [found[name] for name in ("rmse", "median", "p90")] == pytest.approx([length] * 3, abs=1e-12)
+    assert found["pixels"] == mask.sum()
+
+
+def test_percentiles_and_bands_of_known_distances():
+    truth = np.zeros((1, 1, 101, 3))
+    predicted = truth.copy()
+    predicted[0, 0, :, 1] = np.arange(101) / 500 + 0.0001  # 0 to 20 cm in steps of 2 mm, and a tenth
+    found = evaluation.point_errors(predicted, truth, np.ones((1, 1, 101), bool))
+    assert found["median"] == pytest.approx(0.1001) and found["p90"] == pytest.approx(0.1801)
+    assert found["within_5cm"] == pytest.approx(25 / 101) and found["within_10cm"] == pytest.approx(50 / 101)
+
+
+def test_pixels_outside_the_mask_do_not_count():
+    truth, mask = scene()
+    predicted = np.where(mask[..., None], truth, np.nan)
+    assert evaluation.point_errors(predicted, truth, mask)["rmse"] == 0
+
+
+def test_single_precision_does_not_blur_small_errors():
+    truth = np.full((1, 500, 500, 3), 30, np.float32)
+    predicted = truth + np.float32(0.001)
+    found = evaluation.point_errors(predicted, truth, np.ones((1, 500, 500), bool))
+    assert found["mse"] == pytest.approx(float(predicted.flat[0] - truth.flat[0]) ** 2, rel=1e-9)
+
+
+def test_empty_mask_is_an_error():
+    truth, mask = scene()
+    with pytest.raises(ValueError, match="mask is empty"):
+        evaluation.point_errors(truth, truth, mask & False)
+
+
+def test_mean_point_baseline_is_the_variance_of_the_room():
+    truth, mask = scene()
+    points = truth[mask]
+    found = evaluation.mean_point_errors(points, truth, mask)
+    assert found["mse"] == pytest.approx(points.var(0).mean())
+    far = evaluation.mean_point_errors(points + [3, 0, 0], truth, mask)
+    assert far["mse"] == pytest.approx(points.var(0).mean() + 3)
+
+
+def test_size_of_the_cnn_by_hand():
+    student, _ = students.build(ARMS["cnn-scratch"], (96, 128))
+    widths, stride, hidden = (3, 32, 64, 128, 256), 16, 256
+    widths = (*widths, 256, 256)  # four convolutions that halve, two that do not
+    body = sum(25 * a * b + 2 * b for a, b in zip(widths, widths[1:]))
+    head = 256 * hidden + 2 * hidden + (hidden + 1) * 3 * stride**2
+    refine = 3 * 3 * 49 + 3
+    found = evaluation.size_of(student)
+    assert found["parameters"] == body + head + refine == 4_620_252
+    buffers = 4 * (2 * sum(widths[1:]) + 2 * hidden + 3 + 1) + 8 * 7  # norms' statistics, place, and 7 long counters
+    assert found["megabytes"] == pytest.approx((4 * found["parameters"] + buffers) / 1e6)
+
+
+def test_size_is_that_of_the_file(tmp_path):
+    student, _ = students.build(ARMS["vit32-scratch"], (96, 128))
+    training.save_student(student, tmp_path / "student.safetensors")
+    written = (tmp_path / "student.safetensors").stat().st_size / 1e6
+    assert evaluation.size_of(student)["megabytes"] == pytest.approx(written, rel=2e-3)  # but for the header
+
+
+def test_latency_is_that_of_one_image():
+    class Slow(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.shapes = torch.nn.Parameter(torch.ones(1)), []
+
+        def forward(self, image):
+            self.shapes.append(tuple(image.shape))
+            evaluation.time.sleep(0.02)
+            return image
+
+    slow = Slow()
+    assert 20 <= evaluation.latency(slow, (8, 10), repeats=3) < 200
+    assert slow.shapes == [(1, 3, 8, 10)] * 6
+
+
+def test_machine_is_named():
+    assert f"torch {torch.__version__}" in evaluation.machine(torch.device("cpu"))
+    assert "1 threads" in evaluation.machine(torch.device("cpu"))
+    assert evaluation.processor().strip()
+
+
+def test_predictions_survive_half_precision(tmp_path):
+    student, _ = students.build(ARMS["cnn-scratch"], (32, 48))
+    student.place(torch.randn(500, 3) + torch.tensor([40.0, -7, 2])).eval()
+    images = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    evaluation.keep_predictions(student, images, tmp_path / "p.safetensors")
+    said = training.predict(student, images, batch=2).permute(0, 2, 3, 1).numpy()
+    found = evaluation.read_predictions(tmp_path / "p.safetensors")
+    offset = np.abs(said - student.centre.numpy())
+    assert found.dtype == np.float32 and (tmp_path / "p.safetensors").stat().st_size < 2.1 * said.size + 500
+    assert (np.abs(found - said) <= offset * 2**-11 + 1e-5).all()  # half precision of the offset, not of 40 m
+
+
+def metrics(arm, mse, weights="random"):
+    against = {"mse": mse, "rmse": 0.1, "median": 0.25, "p90": 0.3, "within_5cm": 0.4, "within_10cm": 0.5, "pixels": 9}
+    return {
+        "scene": "kitchen", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": arm, "weights": weights,
+        "weights_note": "", "against_teacher": against, "against_depth": {**against, "mse": 2 * mse},
+        "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6},
+        "timing": {"latency_ms": 1 / 3, "train_seconds": 2.0}, "machine": "a machine",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    study = Study("kitchen", "smoke", "depth", "cpu")
+    for arm, mse in (("vit16-frozen", 0.5), ("cnn-scratch", 0.123456789)):
+        path = study.run_folder(arm) / "metrics.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(metrics(arm, mse)))
+    return evaluation.collect(study)
+
+
+def test_collected_rows_follow_the_arms(rows):
+    assert [row["arm"] for row in rows] == ["cnn-scratch", "vit16-frozen"]
+    assert rows[0]["mse"] == 0.123456789 and rows[0]["depth_mse"] == 2 * 0.123456789
+    assert rows[0]["mean_point_mse"] == 1 and rows[0]["latency_ms"] == 1 / 3 and rows[0]["parameters"] == 7
+
+
+def test_arms_without_the_pretraining_they_ask_for_are_marked(rows):
+    assert [row["unpretrained"] for row in rows] == [False, True]
+    assert [row["label"] for row in rows] == ["cnn-scratch", "vit16-frozen (random weights)"]
+
+
+def test_tables_agree(rows, tmp_path):
+    evaluation.write_table(rows, tmp_path / "results")
+    kept = json.loads((tmp_path / "results.json").read_text())
+    with (tmp_path / "results.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert kept == rows and len(table) == len(rows)
+    for short, row in zip(table, rows):
+        assert set(short) <= set(row)
+        for name, text in short.items():
+            if isinstance(row[name], (int, float)):
+                assert_allclose(float(text), row[name], rtol=1e-5)
+            else:
+                assert text == row[name]

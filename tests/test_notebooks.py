@@ -1,0 +1,222 @@
+"""The notebooks as a reader meets them: in order, by hand, by papermill, under nbval, in a browser, and after a kill."""
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill.parameterize
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
+PARAMETERS = {"scene", "preset", "teacher", "device", "seed", "checkpoint", "weights"}
+MINUTES = 60
+
+
+def by_name(path):
+    return path.stem
+
+
+def code_cells(notebook):
+    return [cell for cell in nbformat.read(notebook, 4).cells if cell.cell_type == "code"]
+
+
+def environment(data):
+    return {**os.environ, "KDUTILS_DATA": str(data), "PYTHONPATH": str(REPOSITORY)}
+
+
+def driver(data, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "kdutils", "--preset", "smoke", "--device", "cpu", *arguments],
+        cwd=REPOSITORY, env=environment(data), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def finish(process, minutes=10):
+    output, _ = process.communicate(timeout=minutes * MINUTES)
+    return process.returncode, output
+
+
+def metrics_of(data):
+    """All metrics below a data folder, without what a clock decided."""
+    found = {}
+    for path in sorted((data / "smoke" / "runs").rglob("metrics.json")):
+        metrics = json.loads(path.read_text())
+        del metrics["timing"]
+        found[path.parent.name] = metrics
+    return found
+
+
+def stamps_of(data):
+    return {path: path.stat().st_mtime_ns for path in sorted(data.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory):
+    """One end-to-end run at the smoke preset, with the printed log."""
+    data = tmp_path_factory.mktemp("study")
+    code, log = finish(driver(data))
+    assert code == 0, log
+    return data, log
+
+
+def executed(data):
+    runs = data / "smoke" / "runs"
+    return sorted(runs.glob("kitchen/depth/notebooks/*.ipynb")) + sorted(runs.glob("notebooks/*.ipynb"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
+class TestCommitted:
+    def test_is_small_and_executed_in_order_without_errors(self, notebook):
+        cells = code_cells(notebook)
+        assert notebook.stat().st_size < 2_000_000
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+        assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+    def test_has_one_parameters_cell_with_the_agreed_names(self, notebook):
+        tagged = [cell.source for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]
+        assert len(tagged) == 1
+        assert set(re.findall(r"^(\w+) =", tagged[0], re.MULTILINE)) <= PARAMETERS
+
+    def test_has_short_cells_and_more_text_than_steps(self, notebook):
+        cells = nbformat.read(notebook, 4).cells
+        assert statistics.median(len(cell.source.splitlines()) for cell in code_cells(notebook)) < 8
+        assert 14 <= len(cells) <= 32
+        assert not any(re.search(r"^\s*def ", cell.source, re.MULTILINE) for cell in code_cells(notebook))
+
+    def test_has_a_checked_cell(self, notebook):
+        assert any("NBVAL_CHECK_OUTPUT" in cell.source for cell in code_cells(notebook))
+
+    def test_carries_no_path_of_a_machine(self, notebook):
+        assert not re.search(r"/(home|root|work|tmp|Users)/", notebook.read_text())
+
+
+def test_study_trains_every_arm_and_writes_the_results(study):
+    data, _ = study
+    from kdutils.settings import ARMS
+
+    rows = json.loads((data / "figures" / "smoke-depth-seed0-all" / "results.json").read_text())
+    assert {row["arm"] for row in rows} == set(ARMS)
+    assert all(np.isfinite(row["mse"]) and row["megabytes"] > 0 and row["latency_ms"] > 0 for row in rows)
+    assert {row["teacher"] for row in rows} == {"depth"}
+
+
+def test_study_says_which_arms_had_no_pretrained_weights(study):
+    data, log = study
+    started_random = [m["arm"] for m in metrics_of(data).values() if m["weights"] == "random" and "scratch" not in m["arm"]]
+    assert ("RANDOM WEIGHTS" in log) == bool(started_random)
+
+
+def test_second_run_repeats_nothing(study):
+    data, _ = study
+    before = stamps_of(data)
+    code, log = finish(driver(data))
+    assert code == 0, log
+    assert log.count("finished before, skipped") == len(NOTEBOOKS)
+    assert stamps_of(data) == before
+
+
+def test_killed_study_finishes_with_the_same_results(study, tmp_path):
+    reference, _ = study
+    for moment in ("labels/kitchen/depth/started.json", "runs/kitchen/depth/mobilenet-frozen/training.pt"):
+        process = driver(tmp_path)
+        wait_for(tmp_path / "smoke" / moment, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        time.sleep(3)  # the kernel notices within a second that its parent is gone
+    frames = tmp_path / "smoke" / "labels" / "kitchen" / "frames" / "frames.safetensors"
+    prepared = frames.stat().st_mtime_ns
+    code, log = finish(driver(tmp_path))
+    assert code == 0, log
+    assert "01_scenes: finished before, skipped" in log
+    assert frames.stat().st_mtime_ns == prepared
+    assert metrics_of(tmp_path) == metrics_of(reference)
+
+
+def wait_for(path, process, minutes=5):
+    deadline = time.time() + minutes * MINUTES
+    while not path.exists():
+        assert process.poll() is None, f"the run ended before {path.name} appeared:\n{process.stdout.read()}"
+        assert time.time() < deadline, f"{path} never appeared"
+        time.sleep(0.05)
+
+
+def test_unknown_scene_is_one_clear_failure(tmp_path):
+    code, log = finish(driver(tmp_path, "attic"))
+    assert code == 1
+    assert "01_scenes.ipynb" in log and "attic: no such scene" in log and "kitchen" in log
+
+
+@pytest.fixture(scope="session")
+def smoke_copies(study, tmp_path_factory):
+    """The committed notebooks, outputs and all, set to the smoke preset, beside a finished study."""
+    folder = tmp_path_factory.mktemp("copies")
+    for path in NOTEBOOKS:
+        notebook = papermill.parameterize.parameterize_notebook(
+            nbformat.read(path, 4), {"preset": "smoke", "device": "cpu"}
+        )
+        nbformat.write(notebook, folder / path.name)
+    return study[0], folder
+
+
+def nbval(data, *notebooks):
+    """Run the notebooks from a fresh kernel and compare the checked cells with their committed outputs."""
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300",
+         "-p", "no:cacheprovider", "--rootdir", str(notebooks[0].parent), *map(str, notebooks)],
+        env=environment(data), capture_output=True, text=True, timeout=12 * MINUTES,
+    )  # fmt: skip
+
+
+def test_nbval_passes_on_all_notebooks(smoke_copies):
+    data, folder = smoke_copies
+    result = nbval(data, *sorted(folder.glob("*.ipynb")))
+    assert result.returncode == 0, result.stdout[-5000:]
+
+
+def test_nbval_notices_a_wrong_number_and_a_broken_cell(smoke_copies, tmp_path):
+    data, folder = smoke_copies
+    notebook = nbformat.read(folder / "01_scenes.ipynb", 4)
+    checked = next(cell for cell in notebook.cells if "NBVAL_CHECK_OUTPUT" in cell.source)
+    text = checked.outputs[0]["text"]
+    checked.outputs[0]["text"] = text.replace("514x384", "515x384")
+    assert checked.outputs[0]["text"] != text
+    broken = next(cell for cell in notebook.cells if "stages.prepare(study)" in cell.source)
+    broken.source = broken.source.replace("stages.prepare", "stages.prepair")
+    nbformat.write(notebook, tmp_path / "01_scenes.ipynb")
+    result = nbval(data, tmp_path / "01_scenes.ipynb")
+    assert result.returncode != 0
+    assert "515x384" in result.stdout and "prepair" in result.stdout
+
+
+def test_notebooks_3d_views_draw_in_a_browser(study, tmp_path):
+    from browser import coloured_pixels, screenshot
+    from plotly.io import from_json
+
+    views = 0
+    for path in executed(study[0]):
+        for cell in code_cells(path):
+            for output in cell.outputs:
+                figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
+                if figure:
+                    page = tmp_path / f"{path.stem}.html"
+                    from_json(json.dumps({k: figure[k] for k in ("data", "layout")})).write_html(page)
+                    assert coloured_pixels(screenshot(page, page.with_suffix(".png"))) > 2000, path.name
+                    views += 1
+    assert views >= 4
+
+
+def test_notebook_without_its_stage_before_names_the_one_to_run(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", "from kdutils import stages, settings; stages.align(settings.Study(preset='smoke'))"],
+        env=environment(tmp_path), capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode != 0 and "Run notebook 02" in result.stderr
