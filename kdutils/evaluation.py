@@ -101,8 +101,8 @@ def mean_point_errors(train_points, truth, mask):
     return point_errors(np.broadcast_to(train_points.mean(0), truth.shape), truth, mask)
 
 
-COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median",
-           "p90", "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
+COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
+           "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
            "depth_within_10cm", "parameters", "megabytes", "latency_ms", "train_seconds", "machine")  # fmt: skip
 
 

@@ -94,6 +94,7 @@ def camera_path(poses, is_test, points=None):
         axis.set_xlabel(f"{'xyz'[a]} in m")
         axis.set_ylabel(f"{'xyz'[b]} in m")
         axis.set_aspect("equal")
+    _upright(axes[1], world_up(poses))
     axes[0].legend(frameon=False)
     return figure
 
@@ -151,7 +152,8 @@ def results(rows, baseline=None, paper=None):
             axis.axvline(value, color="black", lw=0.9, ls=style, label=name)
     axis.set(xlabel="test MSE in m² per coordinate, against the teacher", xscale="log")
     axis.set_xlim(right=axis.get_xlim()[1] * 1.6)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    if baseline or paper:
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure
 
 
@@ -219,12 +221,14 @@ def cloud_still(points, colours, poses, title="", most=60_000):
     """The static twin of an interactive cloud: seen from above and from one side."""
     points, colours = thin(points, colours, most)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    up = world_up(poses)
     for axis, (a, b) in zip(axes, _views(poses)):
         hidden = next(k for k in range(3) if k not in (a, b))
-        order = np.argsort(points[:, hidden])
+        order = np.argsort(points[:, hidden] * (up[hidden] or 1))  # what is highest is drawn last
         axis.scatter(points[order, a], points[order, b], s=0.6, c=colours[order] / 255, linewidths=0, rasterized=True)
         axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=2, color=TEST)
         axis.set(xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+    _upright(axes[1], up)
     figure.suptitle(title)
     return figure
 
@@ -263,6 +267,12 @@ def _views(poses):
     up = int(np.abs(world_up(poses)).argmax())
     level = [k for k in range(3) if k != up]
     return level, [level[0], up]
+
+
+def _upright(axis, up):
+    """Turn a view from the side the right way round where the world's axis points down."""
+    if up.sum() < 0:
+        axis.invert_yaxis()
 
 
 def _overview(up):

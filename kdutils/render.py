@@ -134,7 +134,9 @@ def trace(scene, poses, intrinsics, size, twice=False):
     matrix, offset = _matmul3(matrix, rotation[:, None]), (matrix * position[:, None, None]).sum(-1) + offset
     bounds, nearest = screen_boxes(scene, rotation, position, intrinsics)
     if twice:
-        bounds = bounds * torch.tensor([1, 2, 1, 2], device=bounds.device) + torch.tensor([-1, 0, 1, 0], device=bounds.device)
+        bounds = bounds * torch.tensor([1, 2, 1, 2], device=bounds.device) + torch.tensor(
+            [-1, 0, 1, 0], device=bounds.device
+        )
     bounds[:, 0] = torch.inf  # the room itself is the background, not a candidate
     nearest, order = nearest.sort(dim=1, stable=True)
     bounds = (bounds.gather(1, order[..., None].expand(-1, -1, 4)) / TILE).permute(2, 0, 1)[..., None]
@@ -193,7 +195,9 @@ def tile_rays(intrinsics, rows, columns, twice):
 
 def _rotate_rays(matrix, rays):
     """``(N, 3, 3)`` times ``(N, 3, R)``; rays have z = 1."""
-    return torch.addcmul(torch.addcmul(matrix[:, :, 2:], matrix[:, :, :1], rays[:, :1]), matrix[:, :, 1:2], rays[:, 1:2])
+    return torch.addcmul(
+        torch.addcmul(matrix[:, :, 2:], matrix[:, :, :1], rays[:, :1]), matrix[:, :, 1:2], rays[:, 1:2]
+    )
 
 
 def _matmul3(a, b):
@@ -234,7 +238,9 @@ def locate(shape, unit):
 def bake_light(scene, spacing=0.13, workers=0):
     """The scene with its light grid filled: lamps with soft shadows, the room's own glow, contact darkening, bounce."""
     count = (2 * face_sizes(scene) / spacing).ceil().long().clamp(1, 64) + 1
-    count[scene.shape != BOX, 0] = count[scene.shape != BOX, 0].clamp_min(7)  # a round side turns through all directions
+    count[scene.shape != BOX, 0] = count[scene.shape != BOX, 0].clamp_min(
+        7
+    )  # a round side turns through all directions
     count[scene.shape == BALL, 1:] = 0
     count[scene.shape == CYLINDER, 1:4] = 0
     count = count.reshape(-1, 2)
@@ -250,7 +256,9 @@ def bake_light(scene, spacing=0.13, workers=0):
     sizes = torch.unique_consecutive(cell[order], dim=0, return_counts=True)[1].tolist()
     chunks = list(zip(point[order].split(sizes), normal[order].split(sizes)))
     light = torch.empty_like(point)
-    light[order] = torch.from_numpy(np.concatenate(list(parallel_map(partial(_light_at, scene), chunks, workers)))).to(light)
+    light[order] = torch.from_numpy(np.concatenate(list(parallel_map(partial(_light_at, scene), chunks, workers)))).to(
+        light
+    )
     return replace(scene, light_grid=torch.cat([first[:, None], count], 1), light=light)
 
 
@@ -278,8 +286,9 @@ def parallel_map(function, items, workers):
     """
     if not workers:
         return (function(item) for item in items)
+    # Without a generator of its own the loader would draw on the caller's random numbers.
     return iter(torch.utils.data.DataLoader(_Calls(function, items), batch_size=None, num_workers=workers,
-                                            collate_fn=_as_is))
+                                            collate_fn=_as_is, generator=torch.Generator()))
 
 
 def face_point(scene, primitive, face, uv):
@@ -369,7 +378,9 @@ def look_up_light(scene, face, uv):
     x, y = torch.minimum(x.clamp_min(0), columns - 1.001), torch.minimum(y.clamp_min(0), rows - 1.001)
     corner = first + x.long() + y.long() * columns
     table = scene.light.T.contiguous()
-    top, top_right, bottom, bottom_right = (table.index_select(1, corner + step) for step in (0, 1, columns, columns + 1))
+    top, top_right, bottom, bottom_right = (
+        table.index_select(1, corner + step) for step in (0, 1, columns, columns + 1)
+    )
     across, down = x.frac(), y.frac()
     top, bottom = torch.addcmul(top, top_right - top, across), torch.addcmul(bottom, bottom_right - bottom, across)
     return torch.addcmul(top, bottom - top, down)
@@ -383,7 +394,11 @@ def noise_table(size=256):
     rng = np.random.default_rng(12)
     frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size) * size, np.fft.fftfreq(size) * size))
     frequency[0, 0] = np.inf
-    shapes = [frequency**-1.3 * (frequency > 2), np.exp(-(((frequency - 9) / 3) ** 2)), np.exp(-(((frequency - 60) / 40) ** 2))]
+    shapes = [
+        frequency**-1.3 * (frequency > 2),
+        np.exp(-(((frequency - 9) / 3) ** 2)),
+        np.exp(-(((frequency - 60) / 40) ** 2)),
+    ]
     table = np.stack([np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * s).real for s in shapes])
     table = 0.5 + 0.22 * table / table.std(axis=(1, 2), keepdims=True)
     return torch.tensor(np.pad(table, ((0, 0), (0, 1), (0, 1)), mode="wrap"), dtype=torch.float32)[None]
@@ -683,7 +698,9 @@ def outdoors(s):
     k, x = cell_of(s.u, 0.17)
     tower = s.t < -0.1 + 0.6 * (s.rand(k) - 0.4)
     lit = (cell_of(s.u, 0.034)[1] > 0.45) & (cell_of(s.v, 0.05)[1] > 0.45)
-    view = only(tower, only(lit, vivid(s.rand(k, 2)) * 0.6, mix(vivid(s.rand(k, 2)), sky, torch.full_like(x, 0.4))), sky)
+    view = only(
+        tower, only(lit, vivid(s.rand(k, 2)) * 0.6, mix(vivid(s.rand(k, 2)), sky, torch.full_like(x, 0.4))), sky
+    )
     ridge, hump, _ = s.noise(0.9, 0.0)
     tree = s.t < -0.5 + 0.7 * (ridge - 0.5) + 0.5 * (hump - 0.5)
     return only(tree, mix(s.b * 0.4, s.b * 1.8, leaves + blob - 0.5), view)
@@ -742,8 +759,36 @@ def pinboard(s):
     return only(s.edge() < 0.025, s.b * 0.5, board)
 
 
-PATTERNS = (plain, plaster, wallpaper, wood, planks, tiles, checker, fabric, rug, books, paper, screen, poster, painting,
-            framed, panel, door, oven, steel, fridge, stone, outdoors, leaf, keyboard, label, clock, ribs, pinboard)
+PATTERNS = (
+    plain,
+    plaster,
+    wallpaper,
+    wood,
+    planks,
+    tiles,
+    checker,
+    fabric,
+    rug,
+    books,
+    paper,
+    screen,
+    poster,
+    painting,
+    framed,
+    panel,
+    door,
+    oven,
+    steel,
+    fridge,
+    stone,
+    outdoors,
+    leaf,
+    keyboard,
+    label,
+    clock,
+    ribs,
+    pinboard,
+)
 
 
 def albedo(scene, face, uv, half, material):

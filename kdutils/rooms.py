@@ -195,7 +195,9 @@ class Maker:
         return solids
 
     def plates(self):
-        return [drum(0, 0, 0.012 * k, 0.12 - 0.012 * k, 0.01, self.paint("label"), self.paint("white")) for k in range(3)]
+        return [
+            drum(0, 0, 0.012 * k, 0.12 - 0.012 * k, 0.01, self.paint("label"), self.paint("white")) for k in range(3)
+        ]
 
     def sheets(self):
         return [box(self.between(-0.08, 0.08), self.between(-0.06, 0.06), 0.004 * k, 0.21, 0.29, 0.004,
@@ -225,8 +227,12 @@ class Maker:
 
     def kettle(self):
         skin, black = self.paint(self.pick("steel", "fabric")), self.paint("black")
-        return [drum(0, 0, 0, 0.08, 0.03, black), drum(0, 0, 0.03, 0.075, 0.15, skin), ball(0, 0, 0.18, 0.07, 0.07, 0.03, skin),
-                box(0.1, 0, 0.06, 0.025, 0.02, 0.14, black)]
+        return [
+            drum(0, 0, 0, 0.08, 0.03, black),
+            drum(0, 0, 0.03, 0.075, 0.15, skin),
+            ball(0, 0, 0.18, 0.07, 0.07, 0.03, skin),
+            box(0.1, 0, 0.06, 0.025, 0.02, 0.14, black),
+        ]
 
     def toaster(self):
         return [box(0, 0, 0, 0.28, 0.17, 0.18, self.paint(self.pick("steel", "fabric")), top=self.paint("radiator")),
@@ -269,15 +275,25 @@ class Maker:
         top, leg = self.wood, self.second_wood
         legs = [box(sx * (w / 2 - 0.06), -d / 2 + sy * (d / 2 - 0.06), 0, 0.06, 0.06, h - 0.04, leg)
                 for sx in (-1, 1) for sy in (-1, 1)]
-        return [box(0, -d / 2, h - 0.035, w, d, 0.035, top), box(0, -d / 2, h - 0.11, w - 0.14, d - 0.14, 0.075, leg)] + legs
+        return [
+            box(0, -d / 2, h - 0.035, w, d, 0.035, top),
+            box(0, -d / 2, h - 0.11, w - 0.14, d - 0.14, 0.075, leg),
+        ] + legs
 
     def chair(self):
         """Its back is at y = 0: whoever sits looks along -y."""
         wood, seat = self.second_wood, self.paint("fabric")
         legs = [box(sx * 0.18, -0.03 - sy * 0.36, 0, 0.035, 0.035, 0.44, wood) for sx in (-1, 1) for sy in (0, 1)]
         posts = [box(sx * 0.18, -0.02, 0.44, 0.035, 0.03, 0.46, wood) for sx in (-1, 1)]
-        return legs + posts + [box(0, -0.21, 0.43, 0.42, 0.42, 0.045, seat), box(0, -0.02, 0.78, 0.4, 0.025, 0.13, wood),
-                               box(0, -0.02, 0.6, 0.4, 0.02, 0.07, wood)]
+        return (
+            legs
+            + posts
+            + [
+                box(0, -0.21, 0.43, 0.42, 0.42, 0.045, seat),
+                box(0, -0.02, 0.78, 0.4, 0.025, 0.13, wood),
+                box(0, -0.02, 0.6, 0.4, 0.02, 0.07, wood),
+            ]
+        )
 
     def office_chair(self):
         black, seat = self.paint("black"), self.paint("fabric")
@@ -312,26 +328,42 @@ class Maker:
 
     def counter(self, w, modules, things):
         """Kitchen run: fronts from left to right by name, worktop, tiles behind and a line of things on top."""
-        solids = [box(0, -0.27, 0, w, 0.5, 0.1, self.paint("black")), box(0, -0.31, 0.86, w + 0.02, 0.64, 0.04, self.paint("granite")),
-                  box(0, -0.006, 0.9, w, 0.012, 0.55, self.paint("wall tiles"))]
+        solids = [
+            box(0, -0.27, 0, w, 0.5, 0.1, self.paint("black")),
+            box(0, -0.31, 0.86, w + 0.02, 0.64, 0.04, self.paint("granite")),
+            box(0, -0.006, 0.9, w, 0.012, 0.55, self.paint("wall tiles")),
+        ]
         step = w / len(modules)
         for k, name in enumerate(modules):
             x = -w / 2 + (k + 0.5) * step
-            front = self.paint("oven") if name == "oven" else self.fronts["drawers" if name == "drawers" else "door fronts"]
+            front = (
+                self.paint("oven") if name == "oven" else self.fronts["drawers" if name == "drawers" else "door fronts"]
+            )
             solids.append(box(x, -0.29, 0.1, step - 0.004, 0.58, 0.76, self.second_wood, front))
             if name == "sink":
                 solids += self.sink(x)
             elif name == "oven":
-                solids += [drum(x + dx, -0.31 + dy, 0.9, 0.085, 0.012, self.paint("black")) for dx in (-0.13, 0.13) for dy in (-0.13, 0.13)]
-                solids += [drum(x - 0.13, -0.18, 0.912, 0.095, 0.13, self.paint("steel")), box(x - 0.13, -0.33, 1.0, 0.025, 0.16, 0.02, self.paint("black"))]
+                solids += [
+                    drum(x + dx, -0.31 + dy, 0.9, 0.085, 0.012, self.paint("black"))
+                    for dx in (-0.13, 0.13)
+                    for dy in (-0.13, 0.13)
+                ]
+                solids += [
+                    drum(x - 0.13, -0.18, 0.912, 0.095, 0.13, self.paint("steel")),
+                    box(x - 0.13, -0.33, 1.0, 0.025, 0.16, 0.02, self.paint("black")),
+                ]
             else:
                 solids += put(self.scatter(step, 0.4, 2, things), x, z=0.9)
         return solids
 
     def sink(self, x):
         steel = self.paint("steel")
-        return [box(x, -0.31, 0.9, 0.48, 0.42, 0.008, steel, top=self.paint("black")), drum(x, -0.08, 0.9, 0.018, 0.28, steel),
-                box(x, -0.17, 1.16, 0.025, 0.2, 0.025, steel), box(x + 0.3, -0.3, 0.9, 0.1, 0.06, 0.05, self.paint("fabric"))]
+        return [
+            box(x, -0.31, 0.9, 0.48, 0.42, 0.008, steel, top=self.paint("black")),
+            drum(x, -0.08, 0.9, 0.018, 0.28, steel),
+            box(x, -0.17, 1.16, 0.025, 0.2, 0.025, steel),
+            box(x + 0.3, -0.3, 0.9, 0.1, 0.06, 0.05, self.paint("fabric")),
+        ]
 
     def wall_cabinets(self, w, h=0.68):
         return [box(0, -0.17, 0, w, 0.34, h, self.second_wood, self.fronts["door fronts"])]
@@ -355,9 +387,14 @@ class Maker:
         white, cloth = self.paint("white"), self.paint("fabric")
         bars = [box(sx * w / 2, -0.035, 0, 0.06, 0.07, h, white) for sx in (-1, 0, 1)]
         bars += [box(0, -0.035, z, w, 0.06, 0.06, white) for z in (0, h - 0.06)]
-        curtains = [box(sx * (w / 2 + 0.17), -0.09, -0.25, 0.3, 0.07, h + 0.4, cloth, ("ribs", *cloth[1:3], (0.075, 1), 0, 0))
-                    for sx in (-1, 1)]
-        sill = [box(0, -0.1, -0.05, w + 0.1, 0.2, 0.04, white), box(0, -0.08, h + 0.14, w + 0.8, 0.02, 0.02, self.second_wood)]
+        curtains = [
+            box(sx * (w / 2 + 0.17), -0.09, -0.25, 0.3, 0.07, h + 0.4, cloth, ("ribs", *cloth[1:3], (0.075, 1), 0, 0))
+            for sx in (-1, 1)
+        ]
+        sill = [
+            box(0, -0.1, -0.05, w + 0.1, 0.2, 0.04, white),
+            box(0, -0.08, h + 0.14, w + 0.8, 0.02, 0.02, self.second_wood),
+        ]
         panes = [box(0, -0.012, 0, w, 0.02, h, self.paint("glass"))]
         return panes + bars + curtains + sill + put(self.scatter(w, 0.2, 3, ("plant", "jar", "plant", "mug")), z=-0.01)
 
@@ -366,8 +403,10 @@ class Maker:
 
     def door(self):
         frame = self.paint("white")
-        return [box(0, -0.012, 0, 0.86, 0.03, 2.03, self.paint("door")), box(0, -0.01, 2.03, 1.02, 0.05, 0.09, frame)] + [
-            box(sx * 0.47, -0.01, 0, 0.09, 0.05, 2.05, frame) for sx in (-1, 1)]
+        return [
+            box(0, -0.012, 0, 0.86, 0.03, 2.03, self.paint("door")),
+            box(0, -0.01, 2.03, 1.02, 0.05, 0.09, frame),
+        ] + [box(sx * 0.47, -0.01, 0, 0.09, 0.05, 2.05, frame) for sx in (-1, 1)]
 
     def picture(self, w, h, name=None):
         name = name or self.pick("poster", "painting", "painting")
@@ -383,8 +422,12 @@ class Maker:
         solids = self.table(w, 0.68, 0.74) + put(self.monitor(), -0.12, -0.2, 0.74, self.between(-0.2, 0.2))
         if self.chance(0.5):
             solids += put(self.monitor(), 0.42, -0.24, 0.74, self.between(-0.5, -0.2))
-        solids += put(self.keyboard(), -0.12, -0.48, 0.74, self.between(-0.1, 0.1)) + put(self.desk_lamp(), w / 2 - 0.14, -0.12, 0.74)
-        solids += put(self.scatter(0.3, 0.5, 1, extra), -w / 2 + 0.18, -0.05, 0.74) + put(self.sheets(), 0.35, -0.5, 0.74)
+        solids += put(self.keyboard(), -0.12, -0.48, 0.74, self.between(-0.1, 0.1)) + put(
+            self.desk_lamp(), w / 2 - 0.14, -0.12, 0.74
+        )
+        solids += put(self.scatter(0.3, 0.5, 1, extra), -w / 2 + 0.18, -0.05, 0.74) + put(
+            self.sheets(), 0.35, -0.5, 0.74
+        )
         solids += [box(w / 2 - 0.26, -0.3, 0, 0.4, 0.5, 0.6, self.second_wood, self.fronts["drawers"]),
                    box(-w / 2 + 0.2, -0.25, 0.05, 0.19, 0.42, 0.42, self.paint("black"), self.paint("radiator"))]
         return solids + put(self.office_chair(), self.between(-0.2, 0.1), -0.95, yaw=math.pi + self.between(-0.5, 0.5))
@@ -395,7 +438,13 @@ class Maker:
         coats = []
         for x in (-0.25, 0.1):
             cloth, z = self.paint("fabric"), self.between(0.72, 0.85)
-            body = Solid(CYLINDER, np.array([x, -0.1, (z + 1.5) / 2]), np.array([0.15, 0.085, (1.5 - z) / 2]), np.eye(3), (cloth,) * 6)
+            body = Solid(
+                CYLINDER,
+                np.array([x, -0.1, (z + 1.5) / 2]),
+                np.array([0.15, 0.085, (1.5 - z) / 2]),
+                np.eye(3),
+                (cloth,) * 6,
+            )
             coats += [body, ball(x, -0.1, 1.5, 0.15, 0.085, 0.14, cloth)]
         return hooks + coats + [box(0.32, -0.08, 1.15, 0.26, 0.1, 0.32, self.paint("fabric"))]
 
@@ -411,7 +460,11 @@ class Maker:
 
     def pendant(self):
         shade = self.paint("fabric")
-        return [drum(0, 0, 0.2, 0.008, 0.5, self.paint("black")), drum(0, 0, 0, 0.17, 0.2, shade), ball(0, 0, 0.02, 0.06, 0.06, 0.06, self.paint("lamp"))]
+        return [
+            drum(0, 0, 0.2, 0.008, 0.5, self.paint("black")),
+            drum(0, 0, 0, 0.17, 0.2, shade),
+            ball(0, 0, 0.02, 0.06, 0.06, 0.06, self.paint("lamp")),
+        ]
 
 
 # ------------------------------------------------------------------------------------------------- rooms
@@ -439,7 +492,9 @@ def _kitchen(make, width, depth):
     run = width - 0.62 - 0.25
     modules = list(make.rng.permutation(["drawers", "oven", "doors", "sink", "doors", "drawers"]))
     along = plan.along
-    along(0, 0.36, make.counter(run, modules, ("kettle", "toaster", "bottle", "jar", "mug", "carton", "plates", "bowl")))
+    along(
+        0, 0.36, make.counter(run, modules, ("kettle", "toaster", "bottle", "jar", "mug", "carton", "plates", "bowl"))
+    )
     along(0, -width / 2 + 0.37, make.fridge())
     cook = 0.36 - run / 2 + (modules.index("oven") + 0.5) * run / 6
     for low, high in ((0.36 - run / 2, cook - 0.34), (cook + 0.34, 0.36 + run / 2)):
@@ -453,19 +508,30 @@ def _kitchen(make, width, depth):
     along(1, depth / 2 - 1.05, make.picture(0.3, 0.4, "poster"), z=1.25)
     along(2, width / 2 - 0.75, make.shelf(1.0))
     along(2, -0.15, make.sideboard(1.4))
-    along(2, -0.15 - make.between(0.2, 0.3), make.picture(make.between(0.6, 0.8), make.between(0.5, 0.65), "painting"), z=1.35)
+    along(
+        2,
+        -0.15 - make.between(0.2, 0.3),
+        make.picture(make.between(0.6, 0.8), make.between(0.5, 0.65), "painting"),
+        z=1.35,
+    )
     along(2, 0.45, make.clock(), z=1.75, gap=0.02)
     along(2, -width / 2 + 0.45, make.boxes())
     along(2, -width / 2 + 0.5, make.wall_shelf(0.8), z=1.35)
     along(3, depth / 2 - 0.75, make.door())
     along(3, -0.1, make.wall_shelf(1.0), z=1.3)
-    along(3, -0.1, make.table(0.9, 0.4, 0.72) + put(make.microwave(), -0.15, -0.2, 0.72) + put(make.jar(), 0.3, -0.2, 0.72))
+    along(
+        3,
+        -0.1,
+        make.table(0.9, 0.4, 0.72) + put(make.microwave(), -0.15, -0.2, 0.72) + put(make.jar(), 0.3, -0.2, 0.72),
+    )
     along(3, -0.15, make.picture(0.5, 0.42), z=1.78)
     along(3, -depth / 2 + 1.15, make.bin())
     along(3, 0.6, make.picture(0.28, 0.38, "poster"), z=1.3)
     w, d, tilt = make.between(1.1, 1.35), make.between(0.75, 0.85), make.between(-0.15, 0.15)
     group = put(make.table(w, d), 0, d / 2)
-    group += put(make.bowl(), 0.1, 0.05, 0.75) + put(make.scatter(w - 0.2, 0.3, 3, ("mug", "plates", "bottle", "carton")), 0, 0.38, 0.75)
+    group += put(make.bowl(), 0.1, 0.05, 0.75) + put(
+        make.scatter(w - 0.2, 0.3, 3, ("mug", "plates", "bottle", "carton")), 0, 0.38, 0.75
+    )
     group += put(make.scatter(w - 0.2, 0.3, 3, ("mug", "plates", "sheets")), 0, -0.1, 0.75)
     for x in (-0.28, 0.28):
         group += put(make.chair(), x + make.between(-0.04, 0.04), -d / 2 - 0.25, 0, math.pi + make.between(-0.3, 0.3))
@@ -502,12 +568,22 @@ def _office(make, width, depth):
     along(3, 0.72, make.bin())
     along(3, -0.1, make.clock(), z=2.1, gap=0.02)
     r = make.between(0.5, 0.6)
-    group = [drum(0, 0, 0.72, r, 0.03, make.wood), drum(0, 0, 0.02, 0.05, 0.7, make.paint("steel")), drum(0, 0, 0, 0.3, 0.02, make.paint("black"))]
+    group = [
+        drum(0, 0, 0.72, r, 0.03, make.wood),
+        drum(0, 0, 0.02, 0.05, 0.7, make.paint("steel")),
+        drum(0, 0, 0, 0.3, 0.02, make.paint("black")),
+    ]
     group += put(make.laptop(), -0.1, -0.2, 0.75, make.between(2.6, 3.6)) + put(make.sheets(), 0.2, 0.15, 0.75)
-    group += put(make.mug(), 0.3, -0.2, 0.75) + put(make.pile(), -0.25, 0.2, 0.75, 0.7) + put(make.bottle(), 0.05, 0.36, 0.75)
+    group += (
+        put(make.mug(), 0.3, -0.2, 0.75)
+        + put(make.pile(), -0.25, 0.2, 0.75, 0.7)
+        + put(make.bottle(), 0.05, 0.36, 0.75)
+    )
     for k in range(3):
         angle = 2.1 * k + make.between(-0.2, 0.2)
-        group += put(make.chair(), -(r + 0.3) * math.sin(angle), (r + 0.3) * math.cos(angle), 0, angle + make.between(-0.3, 0.3))
+        group += put(
+            make.chair(), -(r + 0.3) * math.sin(angle), (r + 0.3) * math.cos(angle), 0, angle + make.between(-0.3, 0.3)
+        )
     plan.free(0, 0, group, yaw=make.between(0, 2))
     plan.free(0, 0, [box(0, 0, 0, 2.0, 1.7, 0.008, make.paint("rug"))], yaw=make.between(-0.1, 0.1))
     return plan
@@ -552,8 +628,12 @@ def _shell(make, kind, size):
     base = make.paint("plaster")
     accent = make.paint(make.pick("wallpaper", "plaster", "wallpaper"))
     walls = [base, base, base, accent][::make.pick(1, -1)]
-    floor = make.paint(make.pick("planks", "checker", "floor tiles") if kind == "kitchen" else make.pick("planks", "carpet", "planks"))
-    return [Solid(BOX, np.array([0, 0, size[2] / 2]), np.array(size) / 2, np.eye(3), (*walls, floor, make.paint("ceiling")))]
+    floor = make.paint(
+        make.pick("planks", "checker", "floor tiles") if kind == "kitchen" else make.pick("planks", "carpet", "planks")
+    )
+    return [
+        Solid(BOX, np.array([0, 0, size[2] / 2]), np.array(size) / 2, np.eye(3), (*walls, floor, make.paint("ceiling")))
+    ]
 
 
 def _skirting(make, size):
@@ -567,7 +647,9 @@ def _lamps(make, plan, size):
     """Two ceiling lamps and the daylight of the window, rows of position, colour, radius."""
     width, depth, height = size
     warm = np.array([1.0, make.between(0.80, 0.95), make.between(0.55, 0.85)])
-    lamps = [(s * width / 4, make.between(-0.2, 0.2), height - 0.12, *(make.between(1.2, 1.9) * warm), 0.1) for s in (-1, 1)]
+    lamps = [
+        (s * width / 4, make.between(-0.2, 0.2), height - 0.12, *(make.between(1.2, 1.9) * warm), 0.1) for s in (-1, 1)
+    ]
     day = np.array([0.75, 0.92, 1.1]) * make.between(1.8, 3.4)
     lamps.append((-plan.mirror * (width / 2 - 0.4), plan.mirror * 0.1, 1.65, *day, 0.4))
     return np.array(lamps)
@@ -688,7 +770,7 @@ def sensed_depth(depth, lost, rng, focal):
     hole = depth > 4.5 + 0.1 * rng.standard_normal(depth.shape)
     for shift in range(1, 5):
         hole[:, :-shift] |= disparity[:, shift:] - disparity[:, :-shift] > shift
-    # Slope per pixel against the spacing of pixels on the surface: steeper than 4 is seen at less than about 14 degrees.
+    # The slope against the view: above 4, a surface is seen at less than about 14 degrees.
     steep = np.hypot(*np.gradient(depth)) * focal / depth
     hole |= steep > rng.uniform(4, 9, depth.shape)
     coarse = rng.random(tuple(-(-n // 4) + 1 for n in depth.shape)).repeat(4, 0).repeat(4, 1)
@@ -789,7 +871,9 @@ def _write_frame(data, number, image, depth, lost, rng, focal):
     grain = rng.normal(0, 1.2, image.shape[:2])[..., None]
     image = np.clip(image + grain + 0.5, 0, 255).astype(np.uint8)
     Image.fromarray(image).save(data / f"frame-{number:06d}.color.jpg", quality=92)
-    Image.fromarray(sensed_depth(depth, lost, rng, focal)).save(data / f"frame-{number:06d}.depth.png", compress_level=2)
+    Image.fromarray(sensed_depth(depth, lost, rng, focal)).save(
+        data / f"frame-{number:06d}.depth.png", compress_level=2
+    )
 
 
 def _write_poses(data, paths):

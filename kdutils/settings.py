@@ -62,7 +62,7 @@ class Preset:
 
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
-    pair_graph="logwin", window=3, steps=150, batch=16, validate_every=25,
+    pair_graph="logwin", window=3, steps=200, batch=8, validate_every=40,
     learning_rate=1e-3, frozen_learning_rate=3e-3,
     other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
 )  # fmt: skip

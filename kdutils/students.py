@@ -98,15 +98,15 @@ class PixelShuffleHead(nn.Module):
 
 
 class VanillaCNN(nn.Module):
-    """Plain 5x5 convolutions: four that halve the resolution, then two through which every pixel sees far around."""
+    """Plain 5x5 convolutions: four that halve the resolution, then three that see far around."""
 
-    stride, channels = 16, 256
+    stride, channels = 16, 128
 
     def __init__(self):
         super().__init__()
-        widths = (3, 32, 64, 128, self.channels)
+        widths = (3, 32, 64, 96, self.channels)
         halving = [_convolution(a, b, stride=2) for a, b in zip(widths, widths[1:])]
-        level = [_convolution(self.channels, self.channels, stride=1) for _ in range(2)]
+        level = [_convolution(self.channels, self.channels, stride=1) for _ in range(3)]
         self.layers = nn.Sequential(*halving, *level)
 
     def forward(self, images):

@@ -82,7 +82,7 @@ def masked_mse(predicted, points, mask):
     return squared.sum() / (3 * mask.sum().clamp(min=1))
 
 
-def augment(examples, generator, rotation=8.0, zoom=0.2, shift=0.1, colour=0.25):
+def augment(examples, generator, rotation=4.0, zoom=0.1, shift=0.06, colour=0.15):
     """Another view of the same pixels: image, points and mask turn, zoom, shift together; the points keep their values.
 
     There is no mirroring: it would show a room that does not exist.

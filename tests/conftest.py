@@ -65,7 +65,7 @@ def box_world(count=8, size=(24, 32), seed=0, test=0, step=0.08):
     return World(image, depth.astype(np.float32), points, poses, intrinsics, sequence)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Torch on one thread: small tensors are fastest so, and sums come out alike bit for bit."""
     import torch

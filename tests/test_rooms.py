@@ -29,16 +29,24 @@ def built():
     return {kind: rooms.build_room(kind, 5) for kind in rooms.KINDS}
 
 
+BAKE = render.bake_light
+
+
+def bake_coarsely(scene, workers=0):
+    return BAKE(scene, spacing=10.0)
+
+
 @pytest.fixture
 def dim(monkeypatch):
-    """Next to no light, for what does not depend on it: lighting a room takes longer than a small room's frames."""
-    baked = render.bake_light
-    monkeypatch.setattr(render, "bake_light", lambda scene, workers=0: baked(scene, spacing=10.0))
+    """Coarse light, for what does not depend on it: lighting a room takes longer than a small room's frames."""
+    monkeypatch.setattr(render, "bake_light", bake_coarsely)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    return rooms.write_room(tmp_path_factory.mktemp("rooms") / "kitchen", "kitchen", 3, **SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "bake_light", bake_coarsely)
+        return rooms.write_room(tmp_path_factory.mktemp("rooms") / "kitchen", "kitchen", 3, **SMALL)
 
 
 def files(folder):
@@ -58,7 +66,9 @@ def outside_distance(scene, points):
 
 def test_depth_is_that_of_an_empty_box(built):
     room = built["kitchen"]
-    first = {name: getattr(room.scene, name)[:1] for name in ("shape", "centre", "rotation", "half", "seed", "material")}
+    first = {
+        name: getattr(room.scene, name)[:1] for name in ("shape", "centre", "rotation", "half", "seed", "material")
+    }
     empty = replace(room, scene=replace(room.scene, **first))
     pose = rooms.camera_path(room, 1, 0, 5)[0]
     k, _, depth = view(empty, pose[None])
@@ -123,8 +133,9 @@ def test_cameras_walk_in_free_space(kind, seed):
 
 def test_a_longer_path_begins_like_a_shorter_one(built):
     room = built["office"]
-    np.testing.assert_allclose(rooms.camera_path(room, 40, 2, 5)[:20, :3, 3], rooms.camera_path(room, 20, 2, 5)[:, :3, 3],
-                               atol=0.02)
+    np.testing.assert_allclose(
+        rooms.camera_path(room, 40, 2, 5)[:20, :3, 3], rooms.camera_path(room, 20, 2, 5)[:, :3, 3], atol=0.02
+    )
 
 
 def test_a_frame_does_not_depend_on_its_batch(built):
@@ -150,7 +161,12 @@ def test_layout(written):
     assert {path.name for path in (written / "data").iterdir()} == names
     assert {path.name for path in written.iterdir()} == {"data", "info.txt", "split.txt", "room.json"}
     info = dict(line.split(" = ") for line in (written / "info.txt").read_text().splitlines())
-    assert (info["m_colorWidth"], info["m_colorHeight"], info["m_depthWidth"], info["m_depthHeight"]) == ("80", "60", "64", "48")
+    assert (info["m_colorWidth"], info["m_colorHeight"], info["m_depthWidth"], info["m_depthHeight"]) == (
+        "80",
+        "60",
+        "64",
+        "48",
+    )
     assert info["m_depthShift"] == "1000" and info["m_frames.size"] == str(frames)
     for camera in ("color", "depth"):
         k = np.array(info[f"m_calibration{camera.title()}Intrinsic"].split(), float).reshape(4, 4)
@@ -190,17 +206,28 @@ def test_depth_has_noise_and_holes(written):
     assert np.isclose(sensed[sensed > 0].std(), 0.0012 + 0.0019 * 2.6**2, rtol=0.1)
 
 
-def test_seed_decides_every_byte(written, tmp_path):
+def test_seed_decides_every_byte(written, tmp_path, dim):
+    drawn = torch.get_rng_state()
     again = rooms.write_room(tmp_path / "again", "kitchen", 3, **SMALL)
+    assert torch.equal(torch.get_rng_state(), drawn)
     other = rooms.write_room(tmp_path / "other", "kitchen", -4, **{**SMALL, "sequences": (4,)})
     assert files(again) == files(written)
-    pictures = [np.array(Image.open(room / "data" / "frame-000000.color.jpg")).astype(float) for room in (written, other)]
+    pictures = [
+        np.array(Image.open(room / "data" / "frame-000000.color.jpg")).astype(float) for room in (written, other)
+    ]
     assert np.abs(pictures[0] - pictures[1]).mean() > 10
+
+
+def test_light_is_the_same_again_and_with_other_workers(built):
+    scene = rooms.furnish("kitchen", 5).scene
+    torch.testing.assert_close(render.bake_light(scene, workers=2).light, built["kitchen"].scene.light)
 
 
 def test_every_keeps_frames_of_the_same_path(written, tmp_path, dim):
     half = rooms.write_room(tmp_path / "half", "kitchen", 3, **{**SMALL, "every": 8, "sequences": (16,)})
-    assert (half / "data" / "frame-000000.pose.txt").read_text() == (written / "data" / "frame-000000.pose.txt").read_text()
+    assert (half / "data" / "frame-000000.pose.txt").read_text() == (
+        written / "data" / "frame-000000.pose.txt"
+    ).read_text()
 
 
 def test_a_whole_room_is_left_alone_and_leftovers_are_not_a_room(written, tmp_path, dim, monkeypatch):

@@ -22,6 +22,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOBODY = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+SHARED_PYTHON = Path("/usr/bin/python3.11")  # other users can run it, which holds for few that a user has installed
 MAIN = "import os, sys, tiny\nprint('kdutils', tiny.VERSION, sys.argv[1:], os.getcwd())\n"
 
 
@@ -29,6 +30,11 @@ def can_unshare():
     return os.geteuid() == 0 and subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode == 0
 
 
+def has_venv(python):
+    return python.exists() and subprocess.run([python, "-c", "import ensurepip"], capture_output=True).returncode == 0
+
+
+PYTHON = SHARED_PYTHON if has_venv(SHARED_PYTHON) else Path(sys.executable)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="takes root to become another user")
 needs_mounts = pytest.mark.skipif(not can_unshare(), reason="takes root and mount namespaces (unshare -m)")
 
@@ -128,7 +134,7 @@ class Checkout:
             name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON", "VIRTUAL_ENV"))
         }
         environment |= {
-            "PATH": f"{self.shims}:{environment['PATH']}", "PYTHON": sys.executable,
+            "PATH": f"{self.shims}:{environment['PATH']}", "PYTHON": str(PYTHON),
             "PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": self.index.url, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0",
         } | variables  # fmt: skip
         environment = {name: value for name, value in environment.items() if value is not None}
@@ -160,41 +166,43 @@ def fresh(tmp_path, index):
 
 
 @pytest.fixture(scope="module")
-def ready_folder(tmp_path_factory):
-    """A checkout that has been set up, to be copied (.venv finds itself by its place)."""
+def first_call(tmp_path_factory):
+    """A set-up from nothing: called by a link, from elsewhere, with arguments."""
     folder = tmp_path_factory.mktemp("ready")
+    link = folder / "link"
+    link.symlink_to(folder / "check out" / "notebooks" / "run")
     with Index() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        result = Checkout(folder, server).run("--setup-only")
+        result = Checkout(folder, server).run("two words", "--flag", script=link, cwd=folder)
         server.shutdown()
-    assert result.returncode == 0 and not result.stderr, result
-    assert result.stdout.startswith("[set-up] making .venv") and result.stdout.endswith("[set-up] done\n"), result
-    return folder
+    return folder, result
 
 
 @pytest.fixture
-def ready(ready_folder, tmp_path, index):
-    shutil.copytree(ready_folder, tmp_path / "copy", symlinks=True)
+def ready(first_call, tmp_path, index):
+    """A copy of what the first call has set up (.venv finds itself by its place)."""
+    shutil.copytree(first_call[0], tmp_path / "copy", symlinks=True)
     return Checkout(tmp_path / "copy", index)
 
 
 @pytest.fixture
-def shared(index):
-    """A folder that another user can enter; pytest's own ones are closed to all others."""
+def of_nobody(ready):
+    """The same checkout as another user's, in a folder that is not closed to others as pytest's own are."""
     with tempfile.TemporaryDirectory(prefix="kdutils-setup-") as folder:
-        os.chmod(folder, 0o755)
-        yield Checkout(Path(folder), index)
+        shutil.copytree(ready.root.parent, folder, symlinks=True, dirs_exist_ok=True)
+        for path in (Path(folder), *Path(folder).rglob("*")):
+            os.chown(path, 65534, 65534, follow_symlinks=False)
+        yield Checkout(Path(folder), ready.index)
 
 
-def test_first_call_sets_up_and_passes_arguments_on_from_any_folder(fresh, tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(fresh.root / "notebooks" / "run")
-    result = fresh.run("two words", "--flag", script=link, cwd=tmp_path)
+def test_first_call_sets_up_and_passes_arguments_on_from_any_folder(first_call):
+    folder, result = first_call
     assert result.returncode == 0 and not result.stderr, result
     *steps, last = result.stdout.splitlines()
-    assert last == f"kdutils 1.0 ['two words', '--flag'] {tmp_path}"
-    assert all(line.startswith("[set-up] ") for line in steps) and 3 <= len(steps) <= 6
-    assert "tiny-1.0" in (fresh.root / ".venv" / "setup.log").read_text()
+    assert last == f"kdutils 1.0 ['two words', '--flag'] {folder}"
+    assert steps[0].startswith(f"[set-up] making .venv with {PYTHON} (CPython 3.11.")
+    assert all(line.startswith("[set-up] ") for line in steps) and 3 <= len(steps) <= 6 and steps[-1].endswith("done")
+    assert "tiny-1.0" in (folder / "check out" / ".venv" / "setup.log").read_text()
 
 
 def test_second_call_skips_the_set_up(ready):
@@ -216,17 +224,18 @@ def test_changed_requirements_are_installed(ready):
     assert ready.run().stdout == "kdutils 2.0 [] /\n" and len(ready.index.requests) == count > 0
 
 
-def test_ctrl_c_ends_cleanly_and_the_next_call_goes_on(fresh):
-    fresh.index.open.clear()
-    process = fresh.start()
-    assert fresh.index.asked.wait(60)  # pip is in the middle of its download
+def test_ctrl_c_ends_cleanly_and_the_next_call_goes_on(ready):
+    ready.require("tiny==2.0")
+    ready.index.open.clear()
+    process = ready.start()
+    assert ready.index.asked.wait(60)  # pip is in the middle of its download
     os.killpg(process.pid, signal.SIGINT)
     result = finish(process)
     assert result.returncode == 130 and result.stderr == "[set-up] interrupted: the next call goes on from here.\n"
-    assert not (fresh.root / ".venv" / "setup.stamp").exists() and not (fresh.root / ".venv" / "tmp").exists()
-    fresh.index.open.set()
-    result = fresh.run()
-    assert result.returncode == 0 and result.stdout.endswith("kdutils 1.0 [] /\n") and "making" not in result.stdout
+    assert not (ready.root / ".venv" / "setup.stamp").exists() and not (ready.root / ".venv" / "tmp").exists()
+    ready.index.open.set()
+    result = ready.run()
+    assert result.returncode == 0 and result.stdout.endswith("kdutils 2.0 [] /\n") and "making" not in result.stdout
 
 
 def test_package_cut_off_half_way_is_installed_again(ready):
@@ -281,17 +290,22 @@ def test_too_little_free_disk(fresh):
 
 
 @needs_mounts
-def test_disk_that_fills_up_meanwhile(fresh):
-    fresh.require("tiny==1.0", "bulky==1.0")
-    (fresh.root / ".venv").mkdir()
-    command = 'mount -t tmpfs -o size=80m none "$0" && exec "$@"'
-    line = fresh.refused(before=["unshare", "-m", "sh", "-c", command, fresh.root / ".venv"])
+def test_disk_that_fills_up_meanwhile(ready, tmp_path):
+    ready.require("bulky==1.0")
+    (ready.root / ".venv" / "setup.stamp").unlink()
+    (tmp_path / "aside").mkdir()
+    command = (
+        'mount --bind "$0" "$1" && mount -t tmpfs -o size=80m none "$0" && cp -a "$1/." "$0" && shift && exec "$@"'
+    )
+    line = ready.refused(before=["unshare", "-m", "sh", "-c", command, ready.root / ".venv", tmp_path / "aside"])
     assert "is full: make space and call again" in line
 
 
 @needs_root
-def test_folder_without_write_permission(shared):
-    assert "cannot write to" in shared.refused(before=NOBODY)
+def test_folder_without_write_permission(of_nobody):
+    shutil.rmtree(of_nobody.root / ".venv")
+    os.chown(of_nobody.root, 0, 0)
+    assert "cannot write to" in of_nobody.refused(before=NOBODY)
 
 
 LIBRARY = next((str(path) for path in Path("/usr/lib").glob("*/libusb-1.0.so.0")), None)
@@ -301,12 +315,11 @@ needs_library = pytest.mark.skipif(LIBRARY is None, reason="libusb-1.0.so.0 lies
 
 @needs_mounts
 @needs_library
-@pytest.mark.skipif(not Path("/usr/bin/python3.11").exists(), reason="no CPython 3.11 for all users")
-def test_missing_library_without_rights(shared):
-    for path in (shared.root, *shared.root.rglob("*")):
-        os.chown(path, 65534, 65534)
-    shared.shim("sudo", "exit 1")  # it asks for a password
-    line = shared.refused(before=[*HIDE, *NOBODY], PYTHON="/usr/bin/python3.11")
+@pytest.mark.skipif(PYTHON != SHARED_PYTHON, reason=f"no {SHARED_PYTHON} with venv, for all users")
+def test_missing_library_without_rights(of_nobody):
+    (of_nobody.root / ".venv" / "setup.stamp").unlink()
+    of_nobody.shim("sudo", "exit 1")  # it asks for a password
+    line = of_nobody.refused(before=[*HIDE, *NOBODY])
     assert "neither root nor sudo without a password" in line and "apt-get install libusb-1.0-0," in line
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def test_validation_is_the_end_of_each_training_sequence(lengths, share):
 
 # Augmentation
 
+STRONG = {"rotation": 8, "zoom": 0.2, "shift": 0.1}
+
 
 def augmented(examples, seed=0, **options):
     return training.augment(examples, torch.Generator().manual_seed(seed), **options)
@@ -120,7 +123,7 @@ def pixel_examples(count, height, width):
 def test_augmented_colours_still_match_their_points():
     world = box_world(6, (96, 128))
     examples = examples_of(world)
-    images, points, mask = augmented(examples, colour=0)
+    images, points, mask = augmented(examples, colour=0, **STRONG)
     low, high = (torch.tensor(bound, dtype=torch.float32)[:, None, None] for bound in (LOW, HIGH))
     wrong = ((points - low) / (high - low) - images).abs().amax(1, keepdim=True)[mask]
     assert float(wrong.max()) < 0.02 and mask.float().mean() > 0.7  # one pixel's step in colour is 0.015
@@ -132,13 +135,13 @@ def test_augmented_colours_still_match_their_points():
 def test_augmentation_turns_zooms_and_shifts_but_never_mirrors(size):
     height, width = size
     centre = np.array([width / 2, height / 2])
-    _, points, mask = augmented(pixel_examples(60, *size), seed=1)
+    _, points, mask = augmented(pixel_examples(60, *size), seed=1, **STRONG)
     angles, zooms, shifts = [], [], []
     grid = pixel_examples(1, *size).points[0, :2].permute(1, 2, 0).numpy() - centre
     for found, seen in zip(points[:, :2].permute(0, 2, 3, 1).numpy(), mask[:, 0].numpy()):
         design = np.c_[grid[seen], np.ones(seen.sum())]
         (a, b), (c, d), shift = np.linalg.lstsq(design, found[seen] - centre, rcond=None)[0]
-        assert_allclose([a, b], [d, -c], atol=0.01)  # a similarity: no shear, whatever the image's shape
+        assert_allclose([a, b], [d, -c], atol=0.02)  # a similarity: no shear, whatever the image's shape
         residual = design @ [[a, b], [c, d], shift] - (found[seen] - centre)
         assert np.abs(residual).max() < 0.71  # labels are the nearest pixel's
         assert a * d - b * c > 0
@@ -165,7 +168,7 @@ def test_pixels_from_outside_have_no_label():
 def test_pixels_without_a_label_get_none():
     examples = pixel_examples(8, 40, 40)
     examples.mask[:, :, :, 20:] = False
-    _, points, mask = augmented(examples)
+    _, points, mask = augmented(examples, **STRONG)
     assert mask.any() and float(points[:, :1][mask].max()) < 20
 
 
@@ -178,7 +181,7 @@ def test_augmentation_is_a_function_of_the_generator():
 
 def test_colours_change_by_gain_and_stay_in_range():
     examples = examples_of(box_world(20, (16, 20)))
-    images, *_ = augmented(examples, rotation=0, zoom=0, shift=0)
+    images, *_ = augmented(examples, rotation=0, zoom=0, shift=0, colour=0.25)
     assert float(images.min()) >= 0 and float(images.max()) <= 1
     difference = (images - examples.images / 255).abs()
     assert 0.02 < difference.mean() < 0.2
@@ -233,17 +236,25 @@ def test_every_arm_and_seed_has_a_plan_of_its_own():
 # Runs
 
 
+@pytest.fixture(scope="module")
+def whole(one_thread, tmp_path_factory):
+    """Folder, student and manifest of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("whole")
+    student, manifest, _ = run(folder)
+    return folder, student, manifest
+
+
 def test_a_student_learns_the_room(tmp_path):
-    student, manifest, examples = run(tmp_path, steps=100, batch=8, validate_every=25)
+    student, manifest, examples = run(tmp_path, steps=60, batch=4, validate_every=20)
     train, validation = training.split_validation(np.ones(24, int), 0.2)
     mean = examples[train].labelled_points().mean(0)
     held_out = examples[validation]
     baseline = float(training.masked_mse(mean[:, None, None], held_out.points, held_out.mask))
-    assert manifest["best_validation_mse"] < 0.1 * baseline
+    assert manifest["best_validation_mse"] < 0.25 * baseline
     found = training.masked_mse(training.predict(student, held_out.images), held_out.points, held_out.mask)
     assert float(found) == pytest.approx(manifest["best_validation_mse"], rel=1e-4)  # the best, not the last
     history = manifest["history"]
-    assert [row["step"] for row in history] == [25, 50, 75, 100]
+    assert [row["step"] for row in history] == [20, 40, 60]
     assert manifest["best_validation_mse"] == min(row["validation_mse"] for row in history)
     assert history[-1]["train_mse"] < history[0]["train_mse"]
 
@@ -254,11 +265,11 @@ def test_student_is_placed_at_the_training_points(tmp_path):
     torch.testing.assert_close(student.centre, examples[train].labelled_points().mean(0))
 
 
-def test_seed_decides_everything(tmp_path):
-    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        run(tmp_path / name, seed=seed)
-    assert weights_of(tmp_path / "first") == weights_of(tmp_path / "again")
-    assert weights_of(tmp_path / "first") != weights_of(tmp_path / "other", "cnn-scratch-seed1")
+def test_seed_decides_everything(tmp_path, whole):
+    for seed in (0, 1):
+        run(tmp_path, seed=seed)
+    assert weights_of(tmp_path) == weights_of(whole[0])
+    assert weights_of(tmp_path, "cnn-scratch-seed1") != weights_of(whole[0])
 
 
 KILLED = """
@@ -268,40 +279,39 @@ test_training.run(pathlib.Path(sys.argv[1]), kill_at=4)
 """
 
 
-def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path):
-    arm = "cnn-scratch"
-    _, whole, _ = run(tmp_path / "whole")
-    env, code = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-c", KILLED, str(tmp_path / "killed")]
+def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, whole):
+    env, code = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-c", KILLED, str(tmp_path)]
     done = subprocess.run(code, cwd=ROOT / "tests", env=env, capture_output=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert (tmp_path / "killed" / arm / "training.pt").exists()
-    assert not (tmp_path / "killed" / arm / "student.json").exists()
+    assert [path.name for path in (tmp_path / "cnn-scratch").iterdir()] == ["training.pt"]
     seen = []
-    _, resumed, _ = run(tmp_path / "killed", seen=seen)
+    _, resumed, _ = run(tmp_path, seen=seen)
     assert seen == [4, 6]  # step 2 was kept, step 4 not yet
-    assert weights_of(tmp_path / "killed") == weights_of(tmp_path / "whole")
-    assert resumed["history"] == whole["history"]
-    assert sorted(p.name for p in (tmp_path / "killed" / arm).iterdir()) == ["student.json", "student.safetensors"]
+    assert weights_of(tmp_path) == weights_of(whole[0])
+    assert resumed["history"] == whole[2]["history"]
+    names = sorted(path.name for path in (tmp_path / "cnn-scratch").iterdir())
+    assert names == ["student.json", "student.safetensors"]
 
 
-def test_finished_run_is_not_repeated(tmp_path):
-    first, manifest, _ = run(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cnn-scratch").iterdir()}
+def test_finished_run_is_not_repeated(whole):
+    folder, student, manifest = whole
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cnn-scratch").iterdir()}
     seen = []
-    again, found, _ = run(tmp_path, seen=seen)
-    assert seen == [] and found == manifest == artefacts.read_json(tmp_path / "cnn-scratch" / "student.json")
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cnn-scratch").iterdir()} == before
-    image = torch.rand(1, 3, 32, 48)
-    assert torch.equal(again(image), first.to(memory_format=torch.contiguous_format)(image))
+    again, found, _ = run(folder, seen=seen)
+    assert seen == [] and found == manifest == artefacts.read_json(folder / "cnn-scratch" / "student.json")
+    assert {path: path.stat().st_mtime_ns for path in (folder / "cnn-scratch").iterdir()} == before
+    kept = again.state_dict()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in student.state_dict().items())
 
 
-@pytest.mark.parametrize("changed", [{"inputs": "other"}, {"steps": 4}, {"learning_rate": 1e-4}])
-def test_changed_settings_train_anew(tmp_path, changed):
-    run(tmp_path)
-    before, seen = weights_of(tmp_path), []
+@pytest.mark.parametrize("changed", [{"inputs": "other"}, {"learning_rate": 1e-4}])
+def test_changed_settings_train_anew(tmp_path, whole, changed):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    seen = []
     run(tmp_path, seen=seen, **changed)
-    assert seen[0] == 2
-    assert (weights_of(tmp_path) == before) == (changed == {"inputs": "other"})  # the same examples teach the same
+    assert seen == [2, 4, 6]
+    # The same examples teach the same, whatever their digest says.
+    assert (weights_of(tmp_path) == weights_of(whole[0])) == (changed == {"inputs": "other"})
 
 
 def spoil(examples):
@@ -313,13 +323,8 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path, cause):
     with pytest.raises(training.TrainingError, match="cnn-scratch: .*no longer finite at step 2.*learning rate"):
         run(tmp_path, **cause)
     assert list((tmp_path / "cnn-scratch").iterdir()) == []
-
-
-def test_diverged_run_can_be_taken_up_with_a_lower_rate(tmp_path):
-    with pytest.raises(training.TrainingError):
-        run(tmp_path, learning_rate=1e30)
-    _, manifest, _ = run(tmp_path)
-    assert manifest["history"][-1]["step"] == 6
+    _, manifest, _ = run(tmp_path, steps=2)
+    assert math.isfinite(manifest["best_validation_mse"])
 
 
 def test_frozen_arm_trains_its_head_only(tmp_path, capsys):
