@@ -23,9 +23,24 @@ class ArtefactError(ValueError):
     """An artefact is missing or unreadable; the message names the file, the cause and a remedy."""
 
 
+def write_aside(path, write):
+    """Let ``write(aside)`` make a file beside ``path``, flush it to the disk, and rename it to ``path``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
+    try:
+        write(aside)
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
 def write_text(path, text):
     """Write ``text`` as UTF-8, whole or not at all."""
-    _write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_aside(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def write_json(path, obj):
@@ -36,7 +51,7 @@ def write_json(path, obj):
 def write_tensors(path, tensors, metadata=None):
     """Write a dict of numpy arrays as safetensors, whole or not at all; ``metadata`` maps strings to strings."""
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    _write_aside(path, lambda aside: save_file(arrays, aside, metadata=metadata))
+    write_aside(path, lambda aside: save_file(arrays, aside, metadata=metadata))
 
 
 def read_json(path):
@@ -116,20 +131,6 @@ def _plain(obj):
     if isinstance(obj, (set, frozenset)):
         return sorted(obj)
     raise TypeError(f"{type(obj).__name__} has no place in JSON")
-
-
-def _write_aside(path, write):
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
-    try:
-        write(aside)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
 
 
 def _sync_folder(folder):

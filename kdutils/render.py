@@ -183,8 +183,9 @@ def pixel_rays(intrinsics, height, width, twice):
     v, u = torch.meshgrid(*(torch.arange(n, device=intrinsics.device) + 0.5 for n in (height, width)), indexing="ij")
     if twice:
         u, v = u + 0.5 * (v.floor() % 2 - 0.5), v / 2
-    return torch.stack([(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1],
-                        torch.ones_like(u)])
+    return torch.stack(
+        [(u - intrinsics[0, 2]) / intrinsics[0, 0], (v - intrinsics[1, 2]) / intrinsics[1, 1], torch.ones_like(u)]
+    )
 
 
 def tile_rays(intrinsics, rows, columns, twice):
@@ -287,8 +288,15 @@ def parallel_map(function, items, workers):
     if not workers:
         return (function(item) for item in items)
     # Without a generator of its own the loader would draw on the caller's random numbers.
-    return iter(torch.utils.data.DataLoader(_Calls(function, items), batch_size=None, num_workers=workers,
-                                            collate_fn=_as_is, generator=torch.Generator()))
+    return iter(
+        torch.utils.data.DataLoader(
+            _Calls(function, items),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+        )
+    )
 
 
 def face_point(scene, primitive, face, uv):
@@ -335,8 +343,9 @@ def _light_at(scene, spots):
 
 def _dome(normal, samples=16):
     """Unit rays ``(samples, N, 3)`` around normals, cosine-weighted: points of equal weight on a spiral."""
-    side = F.normalize(normal.roll(1, 1) * torch.tensor([1.0, 1.0, -1.0], device=normal.device)
-                       + normal.roll(2, 1) * 0.5 + 1e-3, dim=1)
+    side = F.normalize(
+        normal.roll(1, 1) * torch.tensor([1.0, 1.0, -1.0], device=normal.device) + normal.roll(2, 1) * 0.5 + 1e-3, dim=1
+    )
     side = F.normalize(side - (side * normal).sum(1, keepdim=True) * normal, dim=1)
     other = torch.linalg.cross(normal, side)
     k = torch.arange(samples, device=normal.device)[:, None, None]
@@ -364,7 +373,7 @@ def _first_hit(scene, start, rays, target, spread):
         return torch.full((samples, spots), torch.inf).to(start), torch.zeros(samples, spots, dtype=torch.long).to(near)
     matrix, offset = (x[near] for x in scene.unit_map())
     origin = matrix @ start.T + offset[..., None]
-    ways = (matrix @ rays.reshape(-1, 3).T)
+    ways = matrix @ rays.reshape(-1, 3).T
     depth = entry(scene.shape[near], origin.repeat(1, 1, samples), ways)
     depth, hit = depth.min(0)
     seen = torch.where(depth < torch.inf, near[hit], 0)
@@ -629,10 +638,16 @@ def panel(s):
     face = face * (1 + bevel)
     low = height < 0.3
     side = torch.where(column % 2 == 0, 0.88, 0.12)
-    bar = torch.where(low, ((x - 0.5).abs() * width < 0.07) & ((y - 0.72).abs() * height < 0.010),
-                      ((x - side).abs() * width < 0.010) & ((y - 0.7).abs() * height < 0.07))
-    shadow = torch.where(low, ((x - 0.5).abs() * width < 0.07) & ((y - 0.72).abs() * height < 0.022),
-                         ((x - side).abs() * width < 0.020) & ((y - 0.7).abs() * height < 0.08))
+    bar = torch.where(
+        low,
+        ((x - 0.5).abs() * width < 0.07) & ((y - 0.72).abs() * height < 0.010),
+        ((x - side).abs() * width < 0.010) & ((y - 0.7).abs() * height < 0.07),
+    )
+    shadow = torch.where(
+        low,
+        ((x - 0.5).abs() * width < 0.07) & ((y - 0.72).abs() * height < 0.022),
+        ((x - side).abs() * width < 0.020) & ((y - 0.7).abs() * height < 0.08),
+    )
     face = only(bar, (0.45, 0.45, 0.46), only(shadow, face * 0.6, face))
     return only(inset < 0.005, (0.015, 0.013, 0.012), face)
 
@@ -799,7 +814,7 @@ def albedo(scene, face, uv, half, material):
     colour = torch.empty(3, len(face), device=face.device)
     table = scene.colours.reshape(-1, 6).T.contiguous()
     for number, texture in enumerate(PATTERNS):
-        rows = order[ends[number - 1] if number else 0:ends[number]]
+        rows = order[ends[number - 1] if number else 0 : ends[number]]
         if len(rows):
             m, f, at, size = (x.index_select(-1, rows) for x in (material, face, uv, half))
             # A box's faces must not repeat each other.

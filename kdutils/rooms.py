@@ -65,8 +65,21 @@ MATERIALS = {
     "whiteboard": ("pinboard", (0.80, 0.81, 0.82), (0.60, 0.61, 0.62), (1, 1), 0.15, 0),
     "lamp": ("plain", (1.9, 1.75, 1.4), (1.7, 1.5, 1.15), (1, 1), 0.3, 1),
 }
-SHADES = {"plaster": 0.16, "wallpaper": 0.16, "fabric": 0.5, "label": 0.5, "rug": 0.4, "carpet": 0.2, "cardboard": 0.04,
-          "wall tiles": 0.3, "door fronts": 0.25, "drawers": 0.25, "glass": 0.03, "leaf": 0.03, "lacquer": 0.2}
+SHADES = {
+    "plaster": 0.16,
+    "wallpaper": 0.16,
+    "fabric": 0.5,
+    "label": 0.5,
+    "rug": 0.4,
+    "carpet": 0.2,
+    "cardboard": 0.04,
+    "wall tiles": 0.3,
+    "door fronts": 0.25,
+    "drawers": 0.25,
+    "glass": 0.03,
+    "leaf": 0.03,
+    "lacquer": 0.2,
+}
 
 
 @dataclass(frozen=True)
@@ -120,8 +133,13 @@ def box(x, y, z, w, d, h, skin, front=None, yaw=0.0, lean=0.0, top=None):
 
 def drum(x, y, z, radius, h, skin, top=None):
     """Upright cylinder on (x, y, z)."""
-    return Solid(CYLINDER, np.array([x, y, z + h / 2]), np.array([radius, radius, h / 2]), np.eye(3),
-                 (skin,) * 5 + (top or skin,))
+    return Solid(
+        CYLINDER,
+        np.array([x, y, z + h / 2]),
+        np.array([radius, radius, h / 2]),
+        np.eye(3),
+        (skin,) * 5 + (top or skin,),
+    )
 
 
 def ball(x, y, z, rx, ry, rz, skin):
@@ -176,8 +194,11 @@ class Maker:
     def bottle(self):
         skin, h = self.paint("label"), self.between(0.18, 0.28)
         r = self.between(0.032, 0.045)
-        return [drum(0, 0, 0, r, h * 0.68, skin), ball(0, 0, h * 0.68, r, r, 0.04, skin),
-                drum(0, 0, h * 0.7, 0.014, h * 0.3, self.paint("black"))]
+        return [
+            drum(0, 0, 0, r, h * 0.68, skin),
+            ball(0, 0, h * 0.68, r, r, 0.04, skin),
+            drum(0, 0, h * 0.7, 0.014, h * 0.3, self.paint("black")),
+        ]
 
     def jar(self):
         r, h = self.between(0.04, 0.065), self.between(0.1, 0.2)
@@ -200,8 +221,19 @@ class Maker:
         ]
 
     def sheets(self):
-        return [box(self.between(-0.08, 0.08), self.between(-0.06, 0.06), 0.004 * k, 0.21, 0.29, 0.004,
-                    self.paint("paper"), yaw=self.between(-0.6, 0.6)) for k in range(3)]
+        return [
+            box(
+                self.between(-0.08, 0.08),
+                self.between(-0.06, 0.06),
+                0.004 * k,
+                0.21,
+                0.29,
+                0.004,
+                self.paint("paper"),
+                yaw=self.between(-0.6, 0.6),
+            )
+            for k in range(3)
+        ]
 
     def pile(self):
         """A lying stack of books."""
@@ -209,8 +241,19 @@ class Maker:
         for _ in range(self.rng.integers(2, 5)):
             h = self.between(0.02, 0.045)
             skin = self.paint(self.pick("label", "fabric"))
-            solids.append(box(0, 0, z, self.between(0.2, 0.27), self.between(0.15, 0.2), h, skin,
-                              yaw=self.between(-0.3, 0.3), top=self.paint("poster")))
+            solids.append(
+                box(
+                    0,
+                    0,
+                    z,
+                    self.between(0.2, 0.27),
+                    self.between(0.15, 0.2),
+                    h,
+                    skin,
+                    yaw=self.between(-0.3, 0.3),
+                    top=self.paint("poster"),
+                )
+            )
             z += h
         return solids
 
@@ -220,8 +263,13 @@ class Maker:
         for k in range(11):
             lean, length = 0.15 + 0.09 * k + self.between(-0.1, 0.1), pot * self.between(1.3, 2.0)
             stand = turn(2.4 * k) @ turn(lean, "x")
-            blade = Solid(BALL, np.array([0, 0, length]), np.array([0.42 * pot, 0.1 * pot, length]), np.eye(3),
-                          (self.paint("leaf"),) * 6)
+            blade = Solid(
+                BALL,
+                np.array([0, 0, length]),
+                np.array([0.42 * pot, 0.1 * pot, length]),
+                np.eye(3),
+                (self.paint("leaf"),) * 6,
+            )
             solids.append(blade.moved(stand, np.array([0, 0, 1.5 * pot])))
         return solids
 
@@ -235,30 +283,43 @@ class Maker:
         ]
 
     def toaster(self):
-        return [box(0, 0, 0, 0.28, 0.17, 0.18, self.paint(self.pick("steel", "fabric")), top=self.paint("radiator")),
-                box(0.145, 0, 0.08, 0.02, 0.03, 0.03, self.paint("black"))]
+        return [
+            box(0, 0, 0, 0.28, 0.17, 0.18, self.paint(self.pick("steel", "fabric")), top=self.paint("radiator")),
+            box(0.145, 0, 0.08, 0.02, 0.03, 0.03, self.paint("black")),
+        ]
 
     def microwave(self):
         return [box(0, 0, 0, 0.46, 0.34, 0.27, self.paint(self.pick("black", "white", "steel")), self.paint("oven"))]
 
     def desk_lamp(self):
         metal = self.paint(self.pick("black", "fabric"))
-        return [drum(0, 0, 0, 0.08, 0.02, metal), box(0, 0, 0.02, 0.02, 0.02, 0.36, metal),
-                box(0, -0.09, 0.37, 0.025, 0.2, 0.02, metal), drum(0, -0.17, 0.3, 0.07, 0.08, metal)]
+        return [
+            drum(0, 0, 0, 0.08, 0.02, metal),
+            box(0, 0, 0.02, 0.02, 0.02, 0.36, metal),
+            box(0, -0.09, 0.37, 0.025, 0.2, 0.02, metal),
+            drum(0, -0.17, 0.3, 0.07, 0.08, metal),
+        ]
 
     def monitor(self):
         black, w = self.paint("black"), self.between(0.48, 0.62)
-        return [box(0, 0, 0, 0.24, 0.17, 0.015, black), box(0, 0.02, 0.01, 0.05, 0.03, 0.18, black),
-                box(0, -0.01, 0.11, w, 0.035, 0.34, black, self.paint("screen"))]
+        return [
+            box(0, 0, 0, 0.24, 0.17, 0.015, black),
+            box(0, 0.02, 0.01, 0.05, 0.03, 0.18, black),
+            box(0, -0.01, 0.11, w, 0.035, 0.34, black, self.paint("screen")),
+        ]
 
     def laptop(self):
         grey = self.paint("steel")
-        return [box(0, 0, 0, 0.33, 0.23, 0.016, grey, top=self.paint("keyboard")),
-                box(0, 0.15, 0.005, 0.33, 0.01, 0.22, grey, self.paint("screen"), lean=-0.28)]
+        return [
+            box(0, 0, 0, 0.33, 0.23, 0.016, grey, top=self.paint("keyboard")),
+            box(0, 0.15, 0.005, 0.33, 0.01, 0.22, grey, self.paint("screen"), lean=-0.28),
+        ]
 
     def keyboard(self):
-        return [box(0, 0, 0, 0.43, 0.14, 0.02, self.paint("black"), top=self.paint("keyboard")),
-                ball(0.3, -0.01, 0.012, 0.03, 0.05, 0.018, self.paint("black"))]
+        return [
+            box(0, 0, 0, 0.43, 0.14, 0.02, self.paint("black"), top=self.paint("keyboard")),
+            ball(0.3, -0.01, 0.012, 0.03, 0.05, 0.018, self.paint("black")),
+        ]
 
     def scatter(self, width, depth, count, things):
         """`count` small things side by side on a surface of width x depth around (0, -depth / 2)."""
@@ -273,8 +334,11 @@ class Maker:
 
     def table(self, w, d, h=0.75):
         top, leg = self.wood, self.second_wood
-        legs = [box(sx * (w / 2 - 0.06), -d / 2 + sy * (d / 2 - 0.06), 0, 0.06, 0.06, h - 0.04, leg)
-                for sx in (-1, 1) for sy in (-1, 1)]
+        legs = [
+            box(sx * (w / 2 - 0.06), -d / 2 + sy * (d / 2 - 0.06), 0, 0.06, 0.06, h - 0.04, leg)
+            for sx in (-1, 1)
+            for sy in (-1, 1)
+        ]
         return [
             box(0, -d / 2, h - 0.035, w, d, 0.035, top),
             box(0, -d / 2, h - 0.11, w - 0.14, d - 0.14, 0.075, leg),
@@ -298,9 +362,14 @@ class Maker:
     def office_chair(self):
         black, seat = self.paint("black"), self.paint("fabric")
         foot = [box(0, -0.25, 0.04, 0.56, 0.05, 0.04, black, yaw=a) for a in (0.3, 1.35, 2.4)]
-        return foot + [drum(0, -0.25, 0.06, 0.03, 0.36, black), box(0, -0.25, 0.42, 0.48, 0.46, 0.08, seat),
-                       box(0, -0.03, 0.55, 0.44, 0.06, 0.5, seat), box(0.26, -0.25, 0.62, 0.05, 0.26, 0.03, black),
-                       box(-0.26, -0.25, 0.62, 0.05, 0.26, 0.03, black), box(0, 0.0, 0.45, 0.06, 0.03, 0.3, black)]
+        return foot + [
+            drum(0, -0.25, 0.06, 0.03, 0.36, black),
+            box(0, -0.25, 0.42, 0.48, 0.46, 0.08, seat),
+            box(0, -0.03, 0.55, 0.44, 0.06, 0.5, seat),
+            box(0.26, -0.25, 0.62, 0.05, 0.26, 0.03, black),
+            box(-0.26, -0.25, 0.62, 0.05, 0.26, 0.03, black),
+            box(0, 0.0, 0.45, 0.06, 0.03, 0.3, black),
+        ]
 
     def shelf(self, w=0.9, d=0.32, h=1.95, levels=5, things=("jar", "bottle", "carton", "plates", "mug")):
         """Bookcase with rows of books and things."""
@@ -378,8 +447,10 @@ class Maker:
         return [box(0, -0.32, 0.03, 0.62, 0.62, 1.72, self.paint("lacquer"), self.paint("fridge"))] + top
 
     def sideboard(self, w, h=0.82, things=("bowl", "pile", "bottle", "plant", "jar", "carton")):
-        body = [box(0, -0.2, 0.08, w, 0.4, h - 0.1, self.wood, self.fronts[self.pick("door fronts", "drawers")]),
-                box(0, -0.2, h - 0.02, w + 0.04, 0.44, 0.03, self.second_wood)]
+        body = [
+            box(0, -0.2, 0.08, w, 0.4, h - 0.1, self.wood, self.fronts[self.pick("door fronts", "drawers")]),
+            box(0, -0.2, h - 0.02, w + 0.04, 0.44, 0.03, self.second_wood),
+        ]
         return body + put(self.scatter(w, 0.4, max(2, int(w / 0.24)), things), z=h + 0.01)
 
     def window(self, w, h=1.15):
@@ -428,8 +499,10 @@ class Maker:
         solids += put(self.scatter(0.3, 0.5, 1, extra), -w / 2 + 0.18, -0.05, 0.74) + put(
             self.sheets(), 0.35, -0.5, 0.74
         )
-        solids += [box(w / 2 - 0.26, -0.3, 0, 0.4, 0.5, 0.6, self.second_wood, self.fronts["drawers"]),
-                   box(-w / 2 + 0.2, -0.25, 0.05, 0.19, 0.42, 0.42, self.paint("black"), self.paint("radiator"))]
+        solids += [
+            box(w / 2 - 0.26, -0.3, 0, 0.4, 0.5, 0.6, self.second_wood, self.fronts["drawers"]),
+            box(-w / 2 + 0.2, -0.25, 0.05, 0.19, 0.42, 0.42, self.paint("black"), self.paint("radiator")),
+        ]
         return solids + put(self.office_chair(), self.between(-0.2, 0.1), -0.95, yaw=math.pi + self.between(-0.5, 0.5))
 
     def coats(self):
@@ -450,13 +523,17 @@ class Maker:
 
     def boxes(self):
         """A stack of cardboard boxes."""
-        return [box(0, -0.24, 0, 0.5, 0.4, 0.34, self.paint("cardboard"), yaw=self.between(-0.2, 0.2)),
-                box(0.03, -0.24, 0.34, 0.4, 0.32, 0.27, self.paint("cardboard"), yaw=self.between(-0.4, 0.4)),
-                box(0, -0.24, 0.61, 0.24, 0.2, 0.06, self.paint("label"), yaw=self.between(-0.9, 0.9))]
+        return [
+            box(0, -0.24, 0, 0.5, 0.4, 0.34, self.paint("cardboard"), yaw=self.between(-0.2, 0.2)),
+            box(0.03, -0.24, 0.34, 0.4, 0.32, 0.27, self.paint("cardboard"), yaw=self.between(-0.4, 0.4)),
+            box(0, -0.24, 0.61, 0.24, 0.2, 0.06, self.paint("label"), yaw=self.between(-0.9, 0.9)),
+        ]
 
     def bin(self):
-        return [drum(0, -0.18, 0, 0.15, 0.36, self.paint(self.pick("fabric", "steel", "label")), self.paint("black")),
-                ball(0.03, -0.2, 0.35, 0.08, 0.07, 0.05, self.paint("paper"))]
+        return [
+            drum(0, -0.18, 0, 0.15, 0.36, self.paint(self.pick("fabric", "steel", "label")), self.paint("black")),
+            ball(0.03, -0.2, 0.35, 0.08, 0.07, 0.05, self.paint("paper")),
+        ]
 
     def pendant(self):
         shade = self.paint("fabric")
@@ -609,8 +686,12 @@ def furnish(kind, seed):
     plan = {"kitchen": _kitchen, "office": _office}[kind](make, width, depth)
     shell = _shell(make, kind, size)
     lamps = _lamps(make, plan, size)
-    solids = shell + _skirting(make, size) + plan.solids + [
-        drum(x, y, height - 0.07, 0.2, 0.07, make.paint("lamp")) for x, y in lamps[:2, :2]]
+    solids = (
+        shell
+        + _skirting(make, size)
+        + plan.solids
+        + [drum(x, y, height - 0.07, 0.2, 0.07, make.paint("lamp")) for x, y in lamps[:2, :2]]
+    )
     return Room(kind, seed, size, lamps, (width / 2 - 1.2, depth / 2 - 1.05), _scene(solids, lamps, rng))
 
 
@@ -627,7 +708,7 @@ def _shell(make, kind, size):
     """The room's own box: four walls that differ, floor and ceiling."""
     base = make.paint("plaster")
     accent = make.paint(make.pick("wallpaper", "plaster", "wallpaper"))
-    walls = [base, base, base, accent][::make.pick(1, -1)]
+    walls = [base, base, base, accent][:: make.pick(1, -1)]
     floor = make.paint(
         make.pick("planks", "checker", "floor tiles") if kind == "kitchen" else make.pick("planks", "carpet", "planks")
     )
@@ -640,7 +721,8 @@ def _skirting(make, size):
     width, depth, _ = size
     white = make.paint("white")
     return [box(0, s * (depth / 2 - 0.008), 0, width, 0.016, 0.09, white) for s in (-1, 1)] + [
-        box(s * (width / 2 - 0.008), 0, 0, 0.016, depth, 0.09, white) for s in (-1, 1)]
+        box(s * (width / 2 - 0.008), 0, 0, 0.016, depth, 0.09, white) for s in (-1, 1)
+    ]
 
 
 def _lamps(make, plan, size):
@@ -664,14 +746,22 @@ def _scene(solids, lamps, rng):
         return torch.tensor(np.array(rows), dtype=torch.float32)
 
     return caster.Scene(
-        shape=torch.tensor([s.shape for s in solids]), centre=floats([s.centre for s in solids]),
-        rotation=floats([s.rotation for s in solids]), half=floats([s.half for s in solids]),
+        shape=torch.tensor([s.shape for s in solids]),
+        centre=floats([s.centre for s in solids]),
+        rotation=floats([s.rotation for s in solids]),
+        half=floats([s.half for s in solids]),
         seed=torch.tensor(rng.integers(1, 2**30, len(solids)), dtype=torch.int32),
         material=torch.tensor([[row[face] for face in s.faces] for s in solids]),
-        pattern=torch.tensor([names.index(m[0]) for m in materials]), colours=floats([m[1:3] for m in materials]),
-        cells=floats([m[3] for m in materials]), shiny=floats([m[4] for m in materials]),
-        glow=floats([m[5] for m in materials]), noise=caster.noise_table(), lamps=floats(lamps),
-        light_grid=torch.zeros(0, 3, dtype=torch.long), light=torch.zeros(0, 3))
+        pattern=torch.tensor([names.index(m[0]) for m in materials]),
+        colours=floats([m[1:3] for m in materials]),
+        cells=floats([m[3] for m in materials]),
+        shiny=floats([m[4] for m in materials]),
+        glow=floats([m[5] for m in materials]),
+        noise=caster.noise_table(),
+        lamps=floats(lamps),
+        light_grid=torch.zeros(0, 3, dtype=torch.long),
+        light=torch.zeros(0, 3),
+    )
 
 
 # ------------------------------------------------------------------------------------------------- views
@@ -698,8 +788,11 @@ def camera_path(room, frames, sequence, seed):
     forwards = -1 if sequence % 2 else 1
     phase = forwards * np.radians(rng.uniform(3.4, 3.9) * i) + rng.uniform(0, 2 * np.pi)
     # Heights keep their bands apart, so a test view never falls on a training view.
-    reach, middle_height, aside, tilt = ((0.82, 1.45, 0.0, -0.24), (0.97, 1.27, 0.4, -0.16),
-                                         (0.72, 1.63, -0.45, -0.42))[sequence and 1 + (sequence - 1) % 2]
+    reach, middle_height, aside, tilt = (
+        (0.82, 1.45, 0.0, -0.24),
+        (0.97, 1.27, 0.4, -0.16),
+        (0.72, 1.63, -0.45, -0.42),
+    )[sequence and 1 + (sequence - 1) % 2]
     reach = reach + wobble(0.06, 47, 23)
     height = middle_height + wobble(0.06, 53, 19)
     yaw = phase + np.pi + aside + wobble(0.35, 67, 41)
@@ -748,8 +841,10 @@ def render(room, poses, intrinsics, size, device="cpu"):
 
 
 def _on(device, room, poses, intrinsics):
-    return (room.scene.to(device), *(torch.as_tensor(x, dtype=torch.float32, device=device)
-                                      for x in (poses, intrinsics)))
+    return (
+        room.scene.to(device),
+        *(torch.as_tensor(x, dtype=torch.float32, device=device) for x in (poses, intrinsics)),
+    )
 
 
 def sensed_depth(depth, lost, rng, focal):
@@ -775,7 +870,7 @@ def sensed_depth(depth, lost, rng, focal):
     hole |= steep > rng.uniform(4, 9, depth.shape)
     coarse = rng.random(tuple(-(-n // 4) + 1 for n in depth.shape)).repeat(4, 0).repeat(4, 1)
     down, right = rng.integers(4, size=2)
-    patches = coarse[down:down + depth.shape[0], right:right + depth.shape[1]]
+    patches = coarse[down : down + depth.shape[0], right : right + depth.shape[1]]
     hole |= 0.7 * patches + 0.3 * rng.random(depth.shape) < lost
     hole |= rng.random(depth.shape) < 0.004
     return np.where(hole, 0, np.round(noisy * 1000)).astype(np.uint16)
@@ -784,8 +879,17 @@ def sensed_depth(depth, lost, rng, focal):
 # ------------------------------------------------------------------------------------------------- files
 
 
-def write_room(folder, kind, seed=0, sequences=(60, 90, 90), every=1, color_size=(240, 320), depth_size=(120, 160),
-               device="cpu", progress=None):
+def write_room(
+    folder,
+    kind,
+    seed=0,
+    sequences=(60, 90, 90),
+    every=1,
+    color_size=(240, 320),
+    depth_size=(120, 160),
+    device="cpu",
+    progress=None,
+):
     """Write a sample room in the 12Scenes layout, unless the folder holds it already.
 
     Args:
@@ -804,9 +908,16 @@ def write_room(folder, kind, seed=0, sequences=(60, 90, 90), every=1, color_size
     if kind not in KINDS:
         raise ValueError(f"unknown kind of room {kind!r}; known: {', '.join(KINDS)}")
     folder = Path(folder)
-    settings = {"version": VERSION, "kind": kind, "seed": int(seed), "sequences": list(sequences), "every": every,
-                "frames": sum(-(-n // every) for n in sequences),
-                "color_size": list(color_size), "depth_size": list(depth_size)}
+    settings = {
+        "version": VERSION,
+        "kind": kind,
+        "seed": int(seed),
+        "sequences": list(sequences),
+        "every": every,
+        "frames": sum(-(-n // every) for n in sequences),
+        "color_size": list(color_size),
+        "depth_size": list(depth_size),
+    }
     if _settings(folder) == settings:
         return folder
     if folder.exists() and any(folder.iterdir()) and _settings(folder) is None:
@@ -890,7 +1001,7 @@ def _write_poses(data, paths):
 def _info(settings):
     def numbers(matrix):
         padded = np.eye(4)
-        padded[:len(matrix), :len(matrix)] = matrix
+        padded[: len(matrix), : len(matrix)] = matrix
         return " ".join(f"{x:.6f}" if x % 1 else f"{x:.0f}" for x in padded.ravel())
 
     lines = {"m_versionNumber": 4, "m_sensorName": f"sample {settings['kind']}"}

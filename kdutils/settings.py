@@ -50,10 +50,10 @@ class Preset:
     steps: int  # optimiser steps of every arm
     batch: int
     validate_every: int  # steps
-    learning_rate: float
-    frozen_learning_rate: float  # for the head alone, on a frozen backbone
+    learning_rates: dict[str, float]  # by backbone; "frozen" is for the head alone, on a frozen one
     first_scene_arms: tuple[str, ...] = tuple(ARMS)
     other_scene_arms: tuple[str, ...] = tuple(ARMS)
+    vit_blocks: int = 12  # the paper has ViTs of 4 and of 12
     teacher: str = "depth"
     weight_decay: float = 0.01
     validation_share: float = 0.15  # of each training sequence, its end
@@ -62,8 +62,8 @@ class Preset:
 
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
-    pair_graph="logwin", window=3, steps=200, batch=8, validate_every=40,
-    learning_rate=1e-3, frozen_learning_rate=3e-3,
+    pair_graph="logwin", window=3, vit_blocks=4, steps=250, batch=8, validate_every=50,
+    learning_rates={"cnn": 2e-3, "mobilenet": 2e-3, "vit": 5e-4, "frozen": 3e-3},
     other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
 )  # fmt: skip
 PRESETS = {
@@ -75,7 +75,7 @@ PRESETS = {
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
         most_train=1000, most_test=400, window=5, steps=20_000, batch=16, validate_every=500,
-        other_scene_arms=tuple(ARMS), teacher="dust3r",
+        other_scene_arms=tuple(ARMS), vit_blocks=12, teacher="dust3r",
     ),
 }  # fmt: skip
 

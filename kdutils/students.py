@@ -79,21 +79,19 @@ class Student(nn.Module):
 
 
 class PixelShuffleHead(nn.Module):
-    """Two 1x1 convolutions, pixel shuffle from the feature grid to full resolution, and a 7x7 refinement."""
+    """From the feature grid to full resolution: two 1x1 layers, pixel shuffle, and a 3x3 refinement."""
 
     def __init__(self, channels, stride, hidden=256):
         super().__init__()
-        self.mix = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.GELU(),
-            nn.Conv2d(hidden, 3 * stride**2, 1),
-            nn.PixelShuffle(stride),
-        )
-        self.refine = nn.Conv2d(3, 3, 7, padding=3, padding_mode="replicate")
+        self.stride = stride
+        self.mix = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.GELU())
+        # A 1x1 convolution written as a matrix product, which is far faster on a grid of few large patches.
+        self.points = nn.Linear(hidden, 3 * stride**2)
+        self.refine = nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate")
 
     def forward(self, features):
-        coarse = self.mix(features)
+        patches = self.points(self.mix(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        coarse = F.pixel_shuffle(patches, self.stride)
         return coarse + self.refine(coarse)
 
 
@@ -121,6 +119,7 @@ class MobileNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.body = timm.create_model(TIMM_MODELS["mobilenet"], features_only=True, out_indices=(3,))
+        self.body.blocks = self.body.blocks[:5]  # timm keeps the stages after stride 16, where nothing is read
         self.normalise = Normalise(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
     def load(self, path):
@@ -133,21 +132,23 @@ class MobileNet(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT-Tiny (width 192, 12 blocks); other patch sizes resample the pretrained patch embedding (FlexiViT)."""
+    """ViT-Tiny (width 192), its first blocks; other patch sizes resample the pretrained patch embedding (FlexiViT)."""
 
     channels = 192
 
-    def __init__(self, size, patch):
+    def __init__(self, size, patch, blocks=12):
         super().__init__()
-        self.stride = patch
+        self.stride, self.blocks = patch, blocks
         self.size = tuple(-(-side // patch) * patch for side in size)
         self.body = self._create()
         self.normalise = Normalise(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 
     def _create(self, **options):
-        return timm.create_model(
+        body = timm.create_model(
             TIMM_MODELS["vit"], img_size=self.size, patch_size=self.stride, num_classes=0, global_pool="", **options
         )
+        body.blocks = body.blocks[: self.blocks]
+        return body
 
     def load(self, path):
         self.body = self._create(pretrained=True, pretrained_cfg_overlay={"file": path})
@@ -170,19 +171,20 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.deviation
 
 
-def build(arm, size, weights="auto"):
+def build(arm, size, weights="auto", vit_blocks=12):
     """A student for one arm of the study, freshly started.
 
     Args:
         arm: ``settings.Arm``.
         size: (height, width) of the images in pixels.
+        vit_blocks: of a ViT's twelve, those that are used.
         weights: "auto" (timm's hub), or a folder with ``TIMM_NAME.safetensors``, or such a file.
 
     Returns:
         The student and the ``Weights`` that it started from.
     """
     backbone = {"cnn": VanillaCNN, "mobilenet": MobileNet}.get(arm.backbone)
-    backbone = backbone() if backbone else VisionTransformer(size, arm.patch)
+    backbone = backbone() if backbone else VisionTransformer(size, arm.patch, vit_blocks)
     student = Student(backbone, size)
     if arm.start == "scratch":
         return student, Weights("random", "random weights, as this arm asks for")

@@ -7,7 +7,6 @@ import math
 import time
 import zlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,7 +77,7 @@ def masked_mse(predicted, points, mask):
         predicted, points: ``(B, 3, H, W)`` in metres.
         mask: ``(B, 1, H, W)`` bool.
     """
-    squared = ((predicted - points) ** 2).sum(1, keepdim=True) * mask
+    squared = torch.where(mask, (predicted - points) ** 2, 0)  # not a product: what is masked may be NaN
     return squared.sum() / (3 * mask.sum().clamp(min=1))
 
 
@@ -141,7 +140,7 @@ def arm_seed(study_seed, arm):
 def plan_for(study, arm):
     """The preset's plan for one arm (``settings.Arm``)."""
     preset = study.preset
-    rate = preset.frozen_learning_rate if arm.start == "frozen" else preset.learning_rate
+    rate = preset.learning_rates["frozen" if arm.start == "frozen" else arm.backbone]
     return Plan(preset.steps, preset.batch, rate, preset.weight_decay, preset.validate_every,
                 arm_seed(study.seed, arm.name))  # fmt: skip
 
@@ -162,9 +161,9 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
     """
     folder, plan = study.run_folder(arm.name), plan_for(study, arm)
     torch.manual_seed(plan.seed)
-    student, origin = students.build(arm, study.preset.size, weights)
+    student, origin = students.build(arm, study.preset.size, weights, study.preset.vit_blocks)
     settings = {"arm": asdict(arm), "plan": asdict(plan), "inputs": inputs, "size": list(study.preset.size),
-                "weights": origin.note, "device": study.device.type}  # fmt: skip
+                "vit_blocks": study.preset.vit_blocks, "weights": origin.note, "device": study.device.type}  # fmt: skip
     student.to(study.device)
     if artefacts.manifest_matches(folder / "student.json", settings):
         student.load_state_dict(load_file(folder / "student.safetensors", device=str(study.device)))
@@ -183,10 +182,9 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
 
 
 def save_student(student, path):
-    """Weights as safetensors, written aside and renamed."""
-    aside = Path(path).with_suffix(".aside")
-    save_file({name: t.contiguous() for name, t in student.state_dict().items()}, aside)
-    aside.replace(path)
+    """Weights as safetensors, whole or not at all."""
+    tensors = {name: tensor.contiguous() for name, tensor in student.state_dict().items()}
+    artefacts.write_aside(path, lambda aside: save_file(tensors, aside))
 
 
 class _Run:
@@ -239,8 +237,10 @@ class _Run:
 
     def _validate(self, validation, train_mse):
         if not math.isfinite(train_mse):
-            raise TrainingError(f"{self.state_path.parent.name}: the loss is no longer finite at step {self.step}. "
-                                "Lower the learning rate; the state of the last validation is kept.")  # fmt: skip
+            raise TrainingError(
+                f"{self.state_path.parent.name}: the loss is no longer finite at step {self.step}. "
+                "Check the labels or lower the learning rate; the state of the last validation is kept."
+            )
         predicted = predict(self.student, validation.images)
         mse = float(masked_mse(predicted, validation.points, validation.mask))
         self.history.append({"step": self.step, "train_mse": train_mse, "validation_mse": mse})
@@ -253,9 +253,7 @@ class _Run:
         state = {"settings": artefacts.digest(self.settings), "step": self.step, "seconds": self.seconds,
                  "history": self.history, "best": self.best, "student": self.student.state_dict(),
                  "optimiser": self.optimiser.state_dict()}  # fmt: skip
-        aside = self.state_path.with_suffix(".aside")
-        torch.save(state, aside)
-        aside.replace(self.state_path)
+        artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
     def _resume(self):
         if not self.state_path.exists():

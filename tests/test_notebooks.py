@@ -1,4 +1,4 @@
-"""The notebooks as a reader meets them: in order, by hand, by papermill, under nbval, in a browser, and after a kill."""
+"""The notebooks as a reader meets them: executed, run by papermill, checked by nbval, in a browser, after a kill."""
 
 import json
 import os
@@ -14,6 +14,10 @@ import nbformat
 import numpy as np
 import papermill.parameterize
 import pytest
+from browser import needs_browser, screenshot
+from plotly.io import from_json
+
+from kdutils.settings import ARMS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -101,8 +105,6 @@ class TestCommitted:
 
 def test_study_trains_every_arm_and_writes_the_results(study):
     data, _ = study
-    from kdutils.settings import ARMS
-
     rows = json.loads((data / "figures" / "smoke-depth-seed0-all" / "results.json").read_text())
     assert {row["arm"] for row in rows} == set(ARMS)
     assert all(np.isfinite(row["mse"]) and row["megabytes"] > 0 and row["latency_ms"] > 0 for row in rows)
@@ -111,8 +113,8 @@ def test_study_trains_every_arm_and_writes_the_results(study):
 
 def test_study_says_which_arms_had_no_pretrained_weights(study):
     data, log = study
-    started_random = [m["arm"] for m in metrics_of(data).values() if m["weights"] == "random" and "scratch" not in m["arm"]]
-    assert ("RANDOM WEIGHTS" in log) == bool(started_random)
+    pretrained = [metrics for metrics in metrics_of(data).values() if not metrics["arm"].endswith("scratch")]
+    assert ("RANDOM WEIGHTS" in log) == any(metrics["weights"] == "random" for metrics in pretrained)
 
 
 def test_second_run_repeats_nothing(study):
@@ -197,10 +199,8 @@ def test_nbval_notices_a_wrong_number_and_a_broken_cell(smoke_copies, tmp_path):
     assert "515x384" in result.stdout and "prepair" in result.stdout
 
 
+@needs_browser
 def test_notebooks_3d_views_draw_in_a_browser(study, tmp_path):
-    from browser import coloured_pixels, screenshot
-    from plotly.io import from_json
-
     views = 0
     for path in executed(study[0]):
         for cell in code_cells(path):
@@ -209,7 +209,8 @@ def test_notebooks_3d_views_draw_in_a_browser(study, tmp_path):
                 if figure:
                     page = tmp_path / f"{path.stem}.html"
                     from_json(json.dumps({k: figure[k] for k in ("data", "layout")})).write_html(page)
-                    assert coloured_pixels(screenshot(page, page.with_suffix(".png"))) > 2000, path.name
+                    drawn = screenshot(page, page.with_suffix(".png")).min(-1) < 200
+                    assert drawn.mean() > 0.01, path.name
                     views += 1
     assert views >= 4
 

@@ -174,8 +174,10 @@ def test_layout(written):
         extrinsic = np.array(info[f"m_calibration{camera.title()}Extrinsic"].split(), float)
         assert (extrinsic == np.eye(4).ravel()).all()
     assert (written / "split.txt").read_text().splitlines() == [
-        "sequence0 [frames=4]  [start=0 ; end=3]", "sequence1 [frames=6]  [start=4 ; end=9]",
-        "sequence2 [frames=6]  [start=10 ; end=15]"]
+        "sequence0 [frames=4]  [start=0 ; end=3]",
+        "sequence1 [frames=6]  [start=4 ; end=9]",
+        "sequence2 [frames=6]  [start=10 ; end=15]",
+    ]
     assert json.loads((written / "room.json").read_text())["version"] == rooms.VERSION
     with Image.open(written / "data" / "frame-000000.color.jpg") as image:
         assert image.size == (80, 60)

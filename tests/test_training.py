@@ -230,7 +230,8 @@ def test_every_arm_and_seed_has_a_plan_of_its_own():
     assert len({plan.seed for plan in plans}) == 2 * len(ARMS)
     preset = PRESETS["sample"]
     frozen = training.plan_for(Study(), ARMS["vit16-frozen"])
-    assert frozen.learning_rate == preset.frozen_learning_rate != plans[0].learning_rate == preset.learning_rate
+    rates = preset.learning_rates
+    assert frozen.learning_rate == rates["frozen"] != plans[0].learning_rate == rates["cnn"]
 
 
 # Runs
