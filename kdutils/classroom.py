@@ -74,7 +74,7 @@ def keep_results(folder, rows, claims, studies):
     """The results' plots, the claims, and last the tables ``results.csv`` and ``results.json``."""
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
-        figure = figures.results(found, found[0]["mean_point_mse"])
+        figure = figures.results(found, found[0]["mean_point_mse"], evaluation.paper_mse(study.scene))
         figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
         figure.savefig(folder / f"results_{study.scene.replace('/', '_')}.png", dpi=110)
     figures.size_against_error(rows).savefig(folder / "size_against_error.png", dpi=110)

@@ -20,6 +20,11 @@ BANDS_CM = (5, 10)
 PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
 
 
+def paper_mse(scene):
+    """The paper's figure for rooms of this scene's kind, None where its name tells none."""
+    return next((mse for kind, mse in PAPER.items() if kind in scene), None)
+
+
 def point_errors(predicted, truth, mask):
     """Error figures of predicted points.
 

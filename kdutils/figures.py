@@ -151,7 +151,8 @@ def results(rows, baseline=None, paper=None):
         if value:
             axis.axvline(value, color="black", lw=0.9, ls=style, label=name)
     axis.set(xlabel="test MSE in m² per coordinate, against the teacher", xscale="log")
-    axis.set_xlim(right=axis.get_xlim()[1] * 1.6)
+    lowest = min([row["mse"] for row in rows] + [value for value in (baseline, paper) if value])
+    axis.set_xlim(lowest / 2, axis.get_xlim()[1] * 1.6)
     if baseline or paper:
         axis.legend(frameon=False, fontsize=8, loc="lower right")
     return figure

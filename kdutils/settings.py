@@ -62,7 +62,7 @@ class Preset:
 
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
-    pair_graph="logwin", window=3, vit_blocks=4, steps=250, batch=8, validate_every=50,
+    pair_graph="logwin", window=3, vit_blocks=4, steps=200, batch=8, validate_every=50,
     learning_rates={"cnn": 2e-3, "mobilenet": 2e-3, "vit": 5e-4, "frozen": 3e-3},
     other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
 )  # fmt: skip
