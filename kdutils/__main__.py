@@ -29,8 +29,7 @@ class StageFailed(RuntimeError):
 def main(argv=None):
     options = parse(argv)
     given = options.scenes or PRESETS[options.preset].scenes
-    # The kernels work in the notebooks' folder, so a path of the user's must not depend on where it was typed.
-    names = [str(Path(scene).resolve()) if Path(scene).is_dir() else scene for scene in given]
+    names = [name for scene in given for name in expand(scene)]
     print(f"{len(names)} scene(s), preset {options.preset}: {', '.join(given)}", flush=True)
     started, failures, done = time.time(), [], []
     total = len(SCENE_NOTEBOOKS) * len(names) + 1
@@ -64,6 +63,14 @@ def parse(argv):
     parser.add_argument("--weights", default="auto", help="the students' backbones: folder or file")
     parser.add_argument("--verbose", action="store_true", help="show what the notebooks print")
     return parser.parse_args(argv)
+
+
+def expand(scene):
+    """A name as it is; a folder as the scenes in it, by paths that do not depend on where they were typed."""
+    folder = Path(scene).resolve()
+    if not folder.is_dir():
+        return [scene]
+    return [str(found) for found in scenes.find_scenes(folder)] or [str(folder)]
 
 
 def run_scene(study, options, number, total):
@@ -170,4 +177,7 @@ def _path(text):
 
 if __name__ == "__main__":
     logging.getLogger("papermill").setLevel(logging.WARNING)
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same call goes on from here")

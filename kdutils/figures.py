@@ -3,6 +3,7 @@
 Every interactive view has a static twin, because not every place that shows a notebook runs its scripts.
 """
 
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -241,8 +242,7 @@ def save_interactive(figure, path):
 
 def write_ply(points, colours, path):
     """The cloud as a PLY file for any 3D program (open3d)."""
-    import open3d
-
+    open3d = _open3d()
     if not open3d.io.write_point_cloud(str(path), _open3d_cloud(open3d, points, colours)):
         raise OSError(f"{path}: open3d could not write it. Check that the folder exists and has space.")
     return Path(path)
@@ -250,8 +250,7 @@ def write_ply(points, colours, path):
 
 def show_on_desktop(points, colours):
     """Open open3d's viewer; needs a screen."""
-    import open3d
-
+    open3d = _open3d()
     open3d.visualization.draw_geometries([_open3d_cloud(open3d, points, colours)])
 
 
@@ -279,7 +278,7 @@ def _upright(axis, up):
 def _overview(up):
     side = np.array([1.0, 0.6, 0.0]) if not up[0] else np.array([0.0, 1.0, 0.6])
     side = side if not up[1] else np.array([1.0, 0.0, 0.6])
-    eye = 1.1 * side + 1.2 * up
+    eye = 1.25 * side + 1.45 * up
     return {"up": dict(zip("xyz", up.tolist())), "eye": dict(zip("xyz", eye.tolist()))}
 
 
@@ -293,6 +292,14 @@ def _point_trace(go, points, colours):
     marker = {"size": 1.6, "color": index.astype(np.uint8), "colorscale": palette, "cmin": 0, "cmax": last}
     x, y, z = points.T
     return go.Scatter3d(x=x, y=y, z=z, mode="markers", marker=marker, hoverinfo="skip")
+
+
+def _open3d():
+    """Imported late, because it needs system libraries, and without the web server that it starts in notebooks."""
+    os.environ.setdefault("OPEN3D_DISABLE_WEB_VISUALIZER", "true")
+    import open3d
+
+    return open3d
 
 
 def _open3d_cloud(open3d, points, colours):

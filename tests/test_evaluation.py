@@ -74,8 +74,8 @@ def test_size_of_the_cnn_by_hand():
     layers = [layer for layer in student.backbone.modules() if isinstance(layer, torch.nn.Conv2d)]
     widths, stride, hidden = (3, *(layer.out_channels for layer in layers)), 16, 256
     body = sum(25 * a * b + 2 * b for a, b in zip(widths, widths[1:]))  # 5x5 without bias, and the norm's two
-    head = widths[-1] * hidden + 2 * hidden + (hidden + 1) * 3 * stride**2
-    refine = 3 * 3 * 49 + 3
+    head = widths[-1] * hidden + 2 * hidden + (hidden + 1) * 3 * (stride // 4) ** 2  # to a quarter of the resolution
+    refine = 3 * 3 * 9 + 3
     found = evaluation.size_of(student)
     assert found["parameters"] == body + head + refine
     buffers = 4 * (2 * sum(widths[1:]) + 2 * hidden + 3 + 1) + 8 * len(widths)  # norms' statistics, place, and counters
