@@ -128,8 +128,8 @@ class Study:
 
     def describe(self):
         """Settings as plain data, for manifests and for print."""
-        return {"scene": self.scene, "preset": self.preset_name, "teacher": self.teacher, "seed": self.seed,
-                **asdict(self.preset)}  # fmt: skip
+        return {**asdict(self.preset), "scene": self.scene, "preset": self.preset_name, "teacher": self.teacher,
+                "seed": self.seed}  # fmt: skip
 
 
 def scene_name(scene, scenes_folder):

@@ -1,0 +1,90 @@
+"""The driver's own decisions: which scenes, which parameters, where results go, and what the claims say."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kdutils import __main__ as driver
+from kdutils import evaluation
+from kdutils.settings import ARMS, PRESETS, REPOSITORY, Study
+
+
+def row(scene, arm, mse, unpretrained=False, megabytes=8.0):
+    return {"scene": scene, "arm": arm, "label": arm, "mse": mse, "mean_point_mse": 1.0, "megabytes": megabytes,
+            "unpretrained": unpretrained}  # fmt: skip
+
+
+def verdicts(rows):
+    return {claim["claim"].split(":")[0]: claim["held"] for claim in evaluation.claims(rows)}
+
+
+def test_claims_hold_when_the_rows_say_so():
+    rows = [row("kitchen", "vit16-unfrozen", 0.0010), row("kitchen", "vit16-frozen", 0.0020),
+            row("kitchen", "vit16-scratch", 0.0030), row("kitchen", "cnn-scratch", 0.0040)]  # fmt: skip
+    assert set(verdicts(rows).values()) == {"held"}
+
+
+def test_claims_fail_when_the_rows_say_so():
+    rows = [row("office", "vit16-unfrozen", 0.4), row("office", "vit16-frozen", 0.3),
+            row("office", "vit16-scratch", 0.2), row("office", "cnn-scratch", 0.15, megabytes=46)]  # fmt: skip
+    assert set(verdicts(rows).values()) == {"did not hold"}
+
+
+def test_claims_on_pretraining_are_not_tested_without_pretrained_weights():
+    rows = [row("office", "vit16-unfrozen", 0.1, unpretrained=True),
+            row("office", "vit16-frozen", 0.2, unpretrained=True), row("office", "vit16-scratch", 0.3)]  # fmt: skip
+    found = verdicts(rows)
+    assert found["A pretrained backbone is better unfrozen than frozen."] == "not tested"
+    assert found["Pretraining helps"] == "not tested"
+
+
+def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / "apt1" / name / "data").mkdir(parents=True)
+        (tmp_path / "apt1" / name / "info.txt").touch()
+    (tmp_path / "apt1" / "README").touch()
+    assert [Path(path).name for path in driver.expand(tmp_path / "apt1")] == ["a", "b"]
+    assert driver.expand("kitchen-7") == ["kitchen-7"]
+
+
+def test_scene_of_ones_own_never_takes_a_sample_rooms_place(tmp_path):
+    (tmp_path / "flat" / "kitchen").mkdir(parents=True)
+    assert Study(tmp_path / "flat" / "kitchen").scene == "flat-kitchen"
+    assert Study("kitchen").scene == "kitchen"
+
+
+def test_only_the_default_study_writes_to_the_figures_of_the_readme(monkeypatch):
+    monkeypatch.delenv("KDUTILS_DATA", raising=False)
+    figures = REPOSITORY / "figures"
+    assert Study("kitchen").figures_folder("all") == figures
+    others = [Study(seed=1), Study(preset="smoke"), Study(teacher="dust3r")]
+    folders = [study.figures_folder("all") for study in others] + [Study().figures_folder("redkitchen")]
+    assert len(set(folders)) == 4 and all(folder.parent == figures for folder in folders)
+
+
+def test_seeds_and_presets_keep_apart():
+    folders = {Study(preset=preset, seed=seed).run_folder("cnn-scratch") for preset in PRESETS for seed in (0, 1)}
+    assert len(folders) == 2 * len(PRESETS)
+
+
+@pytest.mark.parametrize("wrong", [{"preset": "huge"}, {"teacher": "mast3r"}, {"device": "abacus"}])
+def test_unknown_choices_are_named(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong.values()))):
+        Study(**wrong)
+
+
+def test_first_scene_and_ones_own_have_every_arm():
+    assert Study("kitchen").arms == Study("somewhere").arms == tuple(ARMS)
+    assert set(Study("office").arms) < set(ARMS)
+
+
+def test_prose_and_outputs_make_no_stage_stale_but_code_does(tmp_path):
+    source = REPOSITORY / "notebooks" / "01_scenes.ipynb"
+    copy = tmp_path / "copy.ipynb"
+    shutil.copy(source, copy)
+    text = copy.read_text()
+    copy.write_text(text.replace("What does a student get to see", "What is there to see"))
+    assert copy.read_text() != text and driver.code_digest(copy) == driver.code_digest(source)
+    copy.write_text(text.replace("stages.prepare(study)", "stages.frames(study)"))
+    assert driver.code_digest(copy) != driver.code_digest(source)
