@@ -54,7 +54,7 @@ def metrics_of(data):
     found = {}
     for path in sorted((data / "smoke" / "runs").rglob("metrics.json")):
         metrics = json.loads(path.read_text())
-        del metrics["timing"]
+        del metrics["timing"], metrics["settings"]  # the settings hold digests of file times
         found[path.parent.name] = metrics
     return found
 
