@@ -127,6 +127,22 @@ def write_table(rows, path):
     artefacts.write_json(Path(path).with_suffix(".json"), rows)
 
 
+def table(rows, with_paper=False):
+    """Rows as a Markdown table, best first in each scene, with the scene's mean point and, if asked, the paper's."""
+    names = ("scene", "student", "MSE m²", "RMSE m", "median cm", "within 10 cm", "to depth cm", "MB", "ms")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for scene in dict.fromkeys(row["scene"] for row in rows):
+        ranked = sorted((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
+        lines += [f"| {scene} | {row['label']} | {row['mse']:.4f} | {row['rmse']:.2f} | {100 * row['median']:.1f} "
+                  f"| {row['within_10cm']:.1%} | {100 * row['depth_median']:.1f} | {row['megabytes']:.1f} "
+                  f"| {row['latency_ms']:.0f} |" for row in ranked]  # fmt: skip
+        lines.append(f"| {scene} | *mean point* | {ranked[0]['mean_point_mse']:.4f} |" + " |" * 6)
+    if with_paper:
+        paper = "*best ViT, teacher DUSt3R*"
+        lines += [f"| *paper, {kind}s* | {paper} | {mse} |" + " |" * 6 for kind, mse in PAPER.items()]
+    return "\n".join(lines)
+
+
 def claims(rows):
     """What the paper claims, what these rows say of it, and whether it held: "held", "did not hold", "not tested".
 

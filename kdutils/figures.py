@@ -237,7 +237,7 @@ def cloud_still(points, colours, poses, title="", most=60_000):
 
 def save_interactive(figure, path):
     """A web page that draws the figure; plotly.js comes from its content network, so the page stays small."""
-    figure.write_html(path, include_plotlyjs="cdn", full_html=True)
+    figure.write_html(path, include_plotlyjs="cdn", full_html=True, div_id="cloud")
 
 
 def write_ply(points, colours, path):
