@@ -9,6 +9,7 @@ import logging
 import sys
 import time
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import papermill
@@ -34,21 +35,25 @@ def main(argv=None):
     started, failures, done = time.time(), [], []
     total = len(SCENE_NOTEBOOKS) * len(names) + 1
     for number, scene in enumerate(names):
-        try:
+        with noted(failures):
             study = Study(scene, options.preset, options.teacher, options.device, options.seed)
             run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
             done.append(study)
-        except (StageFailed, ValueError) as failure:
-            failures.append(str(failure))
-            print(f"FAILED  {failure}", file=sys.stderr, flush=True)
     if done:
-        try:
+        with noted(failures):
             run_results(done, options, total)
-        except StageFailed as failure:
-            failures.append(str(failure))
-            print(f"FAILED  {failure}", file=sys.stderr, flush=True)
     summarise(done, failures, time.time() - started)
     return 1 if failures else 0
+
+
+@contextmanager
+def noted(failures):
+    """A failure ends its scene, not the study."""
+    try:
+        yield
+    except (StageFailed, ValueError) as failure:
+        failures.append(str(failure))
+        print(f"FAILED  {failure}", file=sys.stderr, flush=True)
 
 
 def parse(argv):

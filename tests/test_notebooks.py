@@ -15,6 +15,7 @@ import numpy as np
 import papermill.parameterize
 import pytest
 from browser import needs_browser, screenshot
+from papermill.iorw import load_notebook_node
 from plotly.io import from_json
 
 from kdutils.settings import ARMS
@@ -165,7 +166,7 @@ def smoke_copies(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("copies")
     for path in NOTEBOOKS:
         notebook = papermill.parameterize.parameterize_notebook(
-            nbformat.read(path, 4), {"preset": "smoke", "device": "cpu"}
+            load_notebook_node(str(path)), {"preset": "smoke", "device": "cpu"}
         )
         nbformat.write(notebook, folder / path.name)
     return study[0], folder

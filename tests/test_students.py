@@ -97,7 +97,7 @@ def test_grid_of_a_vision_transformer_is_row_major():
 @pytest.mark.parametrize("arm", ["cnn-scratch", "vit32-scratch"])
 def test_a_silent_head_says_the_centre(arm):
     student, _ = build(arm)
-    for layer in (student.head.mix[3], student.head.refine):
+    for layer in (student.head.points, student.head.refine):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     points = torch.randn(1000, 3) * 2 + torch.tensor([5.0, -1, 30])
