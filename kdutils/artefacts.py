@@ -24,18 +24,34 @@ class ArtefactError(ValueError):
 
 
 def write_aside(path, write):
-    """Let ``write(aside)`` make a file beside ``path``, flush it to the disk, and rename it to ``path``."""
+    """Let ``write(aside)`` make a file beside ``path``, flush it to the disk, and rename it to ``path``.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to; a file that was at ``path`` is still there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.aside")
     try:
-        write(aside)
-        with aside.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(aside)
+            with aside.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            if aside.exists():
+                aside.unlink()
+        _sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise OSError(f"{path}: could not be written ({cause}). Make space or choose a folder that can be written to, "
+                      "and run it again: what was finished before is kept.") from error  # fmt: skip
+
+
+def remove_asides(folder):
+    """Remove what a killed run was writing in ``folder``."""
+    for aside in Path(folder).glob(".*.aside"):
+        aside.unlink()
 
 
 def write_text(path, text):

@@ -1,6 +1,7 @@
 """The teacher over a pair graph: predictions stream to disk in shards, and a killed run goes on after the last one."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from kdutils import artefacts
 from kdutils.teachers import PairPointmaps
 
 BYTES_PER_PIXEL = 2 * 4 * 2  # two views, x y z and confidence, half precision
+SHARD_BYTES = 64 * 2**20  # what a killed run loses at most, and what waits in memory for the disk
+MOST_PAIRS_PER_SHARD = 64
 
 
 class PairShards:
@@ -36,34 +39,57 @@ class PairShards:
         return np.array(self.manifest["pairs"])
 
 
-def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=64, progress=None):
+def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, progress=None):
     """Ask the teacher about every pair and keep its answers.
+
+    A run that was killed goes on after its last whole shard, and ends with the files of an undisturbed one.
 
     Args:
         teacher: see ``kdutils.teachers``.
         pairs: ``(P, 2)`` directed pairs of frame indices.
-        size: (height, width) of the pointmaps, to state the disk space beforehand.
+        size: (height, width) of the pointmaps, in pixels.
         folder: where shards and the manifest ``pairs.json`` go.
         inputs: digest of the frames; labels of other frames are made anew.
-        progress: called with the iterable of shards, e.g. ``tqdm``.
+        pairs_per_shard: by default as many as make ``SHARD_BYTES``.
+        progress: called with ``total`` and ``initial``, in pairs, for a bar with ``update(pairs)``, e.g. ``tqdm``.
 
     Raises:
-        OSError: less disk space is free than the shards will take.
+        OSError: the folder cannot be written to, or less disk space is free than the shards will take. What is there
+            stays there.
     """
-    folder = Path(folder)
+    folder, pairs = Path(folder), np.asarray(pairs).reshape(-1, 2)
+    per_shard = pairs_per_shard or int(np.clip(SHARD_BYTES // disk_bytes(1, size), 1, MOST_PAIRS_PER_SHARD))
     settings = {**teacher.settings(), "inputs": inputs, "graph": artefacts.digest(pairs.tolist()),
-                "pairs_per_shard": pairs_per_shard}  # fmt: skip
+                "pairs_per_shard": per_shard}  # fmt: skip
     if artefacts.manifest_matches(folder / "pairs.json", settings):
         return PairShards(folder)
     _start_or_resume(folder, settings)
-    _check_disk(folder, len(pairs), size)
-    chunks = [pairs[k : k + pairs_per_shard] for k in range(0, len(pairs), pairs_per_shard)]
-    for k, chunk in enumerate(progress(chunks) if progress else chunks):
-        if not is_whole(shard_path(folder, k)):
-            write_shard(shard_path(folder, k), teacher(chunk))
+    chunks = [pairs[k : k + per_shard] for k in range(0, len(pairs), per_shard)]
+    todo = [k for k in range(len(chunks)) if not is_whole(shard_path(folder, k))]
+    left = sum(len(chunks[k]) for k in todo)
+    _check_disk(folder, disk_bytes(left, size) + teacher.scratch_bytes(np.unique(pairs)), left)
+    bar = progress(total=len(pairs), initial=len(pairs) - left) if progress else None
+    with ThreadPoolExecutor(1) as disk:  # the disk works on one shard while the teacher works on the next
+        written = None
+        for k in todo:
+            answers = teacher(chunks[k])
+            if written:
+                written.result()
+            written = disk.submit(write_shard, shard_path(folder, k), answers)
+            if bar is not None:
+                bar.update(len(chunks[k]))
+        if written:
+            written.result()
+    if bar is not None:
+        bar.close()
     manifest = {"settings": settings, "shards": len(chunks), "pairs": pairs.tolist()}
     artefacts.write_json(folder / "pairs.json", manifest)
     return PairShards(folder)
+
+
+def disk_bytes(pairs, size):
+    """Disk space that the predictions of so many pairs take, in bytes; ``size`` is (height, width) in pixels."""
+    return pairs * size[0] * size[1] * BYTES_PER_PIXEL
 
 
 def shard_path(folder, number):
@@ -71,10 +97,14 @@ def shard_path(folder, number):
 
 
 def write_shard(path, pointmaps):
-    """Half precision costs at most half a millimetre a metre, and half the disk."""
-    arrays = {name: np.asarray(array) for name, array in pointmaps._asdict().items()}
-    halves = {name: a.astype(np.float16) if a.dtype.kind == "f" else a for name, a in arrays.items()}
-    artefacts.write_tensors(path, halves)
+    """Half precision costs at most half a millimetre a metre, and saves half the disk."""
+    artefacts.write_tensors(path, {name: _halved(np.asarray(array)) for name, array in pointmaps._asdict().items()})
+
+
+def _halved(array):
+    # Far beyond any room, but infinity would make a pixel's neighbours useless as well wherever a mean is taken.
+    largest = np.finfo(np.float16).max
+    return np.clip(array, -largest, largest).astype(np.float16) if array.dtype.kind == "f" else array
 
 
 def read_shard(path):
@@ -84,7 +114,7 @@ def read_shard(path):
 
 def is_whole(path):
     try:
-        read_shard(path)
+        artefacts.read_tensors(path)  # maps the arrays and reads the header only
     except artefacts.ArtefactError:
         return False
     return True
@@ -92,13 +122,13 @@ def is_whole(path):
 
 def _start_or_resume(folder, settings):
     """Shards of other settings are removed; shards of the same unfinished run stay."""
+    artefacts.remove_asides(folder)
     if not artefacts.manifest_matches(folder / "started.json", settings):
         shutil.rmtree(folder, ignore_errors=True)
         artefacts.write_json(folder / "started.json", {"settings": settings})
 
 
-def _check_disk(folder, pairs, size):
-    needed = pairs * size[0] * size[1] * BYTES_PER_PIXEL
+def _check_disk(folder, needed, pairs):
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(f"{folder}: {needed / 1e9:.1f} GB needed for {pairs} pairs, {free / 1e9:.1f} GB free. "

@@ -1,6 +1,10 @@
 """Pair graphs: which images the teacher sees together. Every edge is kept in both directions."""
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from kdutils import overlap
 
 
 def window_pairs(count, window, cyclic=False):
@@ -44,16 +48,32 @@ def sequence_pairs(sequence, graph="swin", window=3):
         ValueError: an unknown graph; the message names the known ones.
     """
     if graph not in GRAPHS:
-        raise ValueError(f"unknown pair graph {graph!r}: use one of {', '.join(GRAPHS)}")
+        raise ValueError(f"unknown pair graph {graph!r}: use one of overlap, {', '.join(GRAPHS)}")
     members = [np.flatnonzero(sequence == name) for name in np.unique(sequence)]
     return np.concatenate([images[GRAPHS[graph](len(images), window)] for images in members])
 
 
+def scene_pairs(frames, graph="overlap", window=3):
+    """Pair graph of a scene's frames; test and training images are never in one pair.
+
+    Args:
+        frames: `scenes.Frames`.
+        graph: ``overlap`` pairs by what the views share, see ``overlap.overlap_graph``; the others by the order of
+            capture, see `sequence_pairs`.
+
+    Returns:
+        Directed pairs ``(P, 2)`` of indices into the frames.
+    """
+    if graph != "overlap":
+        return sequence_pairs(frames.sequence, graph, window)
+    parts = [np.flatnonzero(part) for part in (frames.is_test, ~frames.is_test)]
+    edges = [images[overlap.overlap_graph(frames.poses[images], frames.intrinsics, frames.size, frames.depth[images])
+                    .images] for images in parts]  # fmt: skip
+    return _both_directions(map(tuple, np.concatenate(edges).tolist()))
+
+
 def components(pairs, count):
     """Number of connected pieces of the graph, and the piece ``(count,)`` that each image belongs to."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     edges = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(count, count))
     return connected_components(edges, directed=False)
 

@@ -45,8 +45,8 @@ class Preset:
     render_every: int  # keep each k-th frame of the sample rooms' camera paths
     most_train: int  # frames; more are thinned evenly
     most_test: int
-    pair_graph: str
-    window: int  # of the pair graph
+    pair_graph: str  # overlap, or by the order of capture: swin, logwin, oneref, complete
+    window: int  # of swin and logwin
     steps: int  # optimiser steps of every arm
     batch: int
     validate_every: int  # steps
@@ -62,19 +62,19 @@ class Preset:
 
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
-    pair_graph="logwin", window=3, vit_blocks=4, steps=200, batch=8, validate_every=50,
+    pair_graph="overlap", window=3, vit_blocks=4, steps=200, batch=8, validate_every=50,
     learning_rates={"cnn": 2e-3, "mobilenet": 2e-3, "vit": 5e-4, "frozen": 3e-3},
     other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
 )  # fmt: skip
 PRESETS = {
     "smoke": replace(
-        _SAMPLE, scenes=("kitchen",), render_every=8, most_train=24, most_test=8, window=2, steps=4, batch=4,
+        _SAMPLE, scenes=("kitchen",), render_every=8, most_train=24, most_test=8, steps=4, batch=4,
         validate_every=2,
     ),
     "sample": _SAMPLE,
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, window=5, steps=20_000, batch=16, validate_every=500,
+        most_train=1000, most_test=400, steps=20_000, batch=16, validate_every=500,
         other_scene_arms=tuple(ARMS), vit_blocks=12, teacher="dust3r",
     ),
 }  # fmt: skip

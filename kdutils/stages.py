@@ -58,11 +58,11 @@ def frames(study):
 def label(study, checkpoint="auto"):
     """Stage 02: the teacher over the pair graph, streamed to disk; ``checkpoint`` is for DUSt3R."""
     scene_frames = frames(study)
-    edges = pairs.sequence_pairs(scene_frames.sequence, study.preset.pair_graph, study.preset.window)
+    edges = pairs.scene_pairs(scene_frames, study.preset.pair_graph, study.preset.window)
     inputs = artefacts.file_digest(study.frames_folder / scenes.MANIFEST)
     teacher = teachers.build(study, scene_frames, checkpoint)
     return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
-                                 progress=partial(tqdm, desc=f"{teacher.name} labels", unit="shard"))  # fmt: skip
+                                 progress=partial(tqdm, desc=f"{teacher.name} labels", unit="pair"))  # fmt: skip
 
 
 def align(study):

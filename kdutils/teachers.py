@@ -1,7 +1,9 @@
 """The teacher's interface: a pair of images in; two pointmaps in view 1's frame and two confidences out, scale free.
 
 A teacher is built for one scene's frames and called with pairs ``(P, 2)`` of indices into them. It returns a
-``PairPointmaps`` whose unit of length is arbitrary and differs from pair to pair, as DUSt3R's does.
+``PairPointmaps`` whose unit of length is arbitrary and differs from pair to pair, as DUSt3R's does. Its answer about a
+pair depends on the pairs of the same call only. ``settings()`` names what the answers depend on, and
+``scratch_bytes(images)`` the disk space that asking about these images may take for a while.
 """
 
 from typing import NamedTuple
@@ -39,6 +41,9 @@ class DepthTeacher:
     def settings(self):
         return {"teacher": self.name}
 
+    def scratch_bytes(self, images):
+        return 0
+
     def __call__(self, pairs):
         frames, (i, j) = self.frames, np.asarray(pairs).T
         own_i, own_j = self._camera_points(i), self._camera_points(j)
@@ -74,7 +79,7 @@ def build(study, frames, checkpoint="auto"):
     """The study's teacher for these frames; ``checkpoint`` is DUSt3R's, see ``dust3r.load_checkpoint``."""
     if study.teacher == "depth":
         return DepthTeacher(frames)
-    from kdutils import dust3r
+    from kdutils import dust3r, inference
 
     source = dust3r.DEFAULT_CHECKPOINT if checkpoint == "auto" else checkpoint
-    return dust3r.DUSt3RTeacher(frames, dust3r.load_checkpoint(source, study.device))
+    return inference.DUSt3RTeacher(frames, dust3r.load_checkpoint(source, study.device), folder=study.labels_folder)

@@ -1,6 +1,7 @@
 """DUSt3R: against outputs of the published implementation, and by properties that need no reference."""
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -10,7 +11,6 @@ import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -236,7 +236,8 @@ def test_safetensors_round_trip(dpt_model, tmp_path):
     file = saved(dpt_model, tmp_path)
     loaded = dust3r.load_checkpoint(file)
     images = random_images(2).split(1)
-    assert_same_output(loaded(*images), dpt_model(*images), tolerance=0)
+    assert_same_output(loaded(*images), dpt_model(*images))
+    assert all(loaded.state_dict()[name].equal(tensor) for name, tensor in dpt_model.state_dict().items())
     assert loaded.state_dict().keys() == dpt_model.state_dict().keys()
     assert loaded.checkpoint == "model" and re.fullmatch("[0-9a-f]{16,64}", loaded.digest)
     assert not loaded.training
@@ -352,12 +353,12 @@ def test_unreachable_hub_gives_the_two_ways_out(monkeypatch, tmp_path):
 
 @pytest.fixture
 def loopback_hub(model, tmp_path):
-    """A hub of one repository on the loopback interface, and the list of the requests it got."""
+    """A hub of one repository on the loopback interface, the list of the requests it got, and the tags of its files."""
     contents = {
         "config.json": json.dumps({"img_size": [64, 64]}).encode(),
         "model.safetensors": saved(model, tmp_path).read_bytes(),
     }
-    requests = []
+    requests, tags = [], {"model.safetensors": hashlib.sha256(contents["model.safetensors"]).hexdigest()}
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -371,7 +372,7 @@ def loopback_hub(model, tmp_path):
             content = contents.get(Path(self.path).name, b"")
             self.send_response(200)
             self.send_header("X-Repo-Commit", "c" * 40)
-            self.send_header("ETag", f'"{zlib.crc32(content)}"')
+            self.send_header("ETag", f'"{tags.get(Path(self.path).name) or zlib.crc32(content)}"')
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             return content
@@ -381,13 +382,13 @@ def loopback_hub(model, tmp_path):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", requests
+    yield f"http://127.0.0.1:{server.server_port}", requests, tags
     server.shutdown()
     server.server_close()
 
 
 def test_download_and_then_the_cache(loopback_hub, model, monkeypatch, tmp_path):
-    endpoint, requests = loopback_hub
+    endpoint, requests, _ = loopback_hub
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     wanted = {"source": "someone/tiny", "cache": tmp_path / "cache", "revision": "v1"}
     loaded = dust3r.load_checkpoint(**wanted)
@@ -400,55 +401,16 @@ def test_download_and_then_the_cache(loopback_hub, model, monkeypatch, tmp_path)
     assert not requests
 
 
-def make_frames(count, size=SIZE):
-    return SimpleNamespace(image=np.random.default_rng(0).integers(0, 256, (count, *size, 3), dtype=np.uint8))
+def test_revision_can_stand_in_the_id(loopback_hub, monkeypatch, tmp_path):
+    endpoint, requests, _ = loopback_hub
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    dust3r.load_checkpoint("someone/tiny@v2", cache=tmp_path / "cache")
+    assert "GET /someone/tiny/resolve/v2/model.safetensors" in requests
 
 
-PAIRS = np.array([[0, 1], [1, 0], [1, 2], [2, 1], [0, 2], [2, 0], [3, 0]])
-
-
-def test_teacher_answers_every_pair(model):
-    frames = make_frames(4)
-    answer = dust3r.DUSt3RTeacher(frames, model, batch=3)(PAIRS)
-    assert answer.points_i.shape == answer.points_j.shape == (7, *SIZE, 3)
-    assert answer.confidence_i.shape == answer.confidence_j.shape == (7, *SIZE)
-    assert min(answer.confidence_i.min(), answer.confidence_j.min()) >= 1
-    np.testing.assert_array_equal(answer.pairs, PAIRS)
-    image2, image1 = (torch.from_numpy(frames.image[[k]]).permute(0, 3, 1, 2) / 255 * 2 - 1 for k in (2, 1))
-    with torch.inference_mode():
-        direct = model(image2, image1)
-    np.testing.assert_allclose(answer.points_i[3], direct["pts3d_1"][0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(answer.points_j[3], direct["pts3d_2_in_view1"][0], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(answer.confidence_j[3], direct["conf_2"][0], rtol=1e-4)
-
-
-def test_teacher_encodes_an_image_once_and_bounds_its_cache(monkeypatch):
-    model, encoded = random_model(), []
-    encode = model.encode
-    monkeypatch.setattr(model, "encode", lambda images: encoded.append(len(images)) or encode(images))
-    frames = make_frames(4)
-    cached = dust3r.DUSt3RTeacher(frames, model, batch=2)
-    answer = cached(PAIRS)
-    assert sum(encoded) == 4
-    cached(PAIRS)
-    assert sum(encoded) == 4
-    for limit in (0, 1, 3):
-        bounded = dust3r.DUSt3RTeacher(frames, model, batch=2, cached_images=limit)
-        for ours, theirs in zip(bounded(PAIRS), answer, strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-        assert len(bounded._tokens) <= limit
-    assert sum(encoded) > 4 * 4
-
-
-def test_teacher_names_its_checkpoint(model, tmp_path):
-    loaded = dust3r.load_checkpoint(saved(model, tmp_path, name="mine.safetensors"))
-    settings = dust3r.DUSt3RTeacher(make_frames(1), loaded).settings()
-    assert settings == {"teacher": "dust3r", "checkpoint": "mine", "sha256": loaded.digest, "precision": "float32"}
-    assert json.loads(json.dumps(settings)) == settings
-
-
-def test_teacher_edge_cases(model):
-    empty = dust3r.DUSt3RTeacher(make_frames(2), model)(np.empty((0, 2), int))
-    assert empty.points_i.shape == (0, *SIZE, 3)
-    with pytest.raises(ValueError, match="multiples of 16"):
-        dust3r.DUSt3RTeacher(make_frames(1, (30, 48)), model)
+def test_download_that_is_not_what_the_hub_states_is_refused(loopback_hub, monkeypatch, tmp_path):
+    endpoint, _, tags = loopback_hub
+    tags["model.safetensors"] = "a" * 64
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(dust3r.CheckpointError, match=r"damaged, as its SHA-256.*delete .*downloaded again"):
+        dust3r.load_checkpoint("someone/tiny", cache=tmp_path / "cache")
