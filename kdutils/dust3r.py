@@ -355,8 +355,8 @@ def load_checkpoint(source=DEFAULT_CHECKPOINT, device="cpu", cache=None, token=N
 
     Args:
         source: the id of a Hugging Face repository (``OWNER/NAME`` or ``OWNER/NAME@REVISION``), a folder with
-            model.safetensors and config.json, a ``.safetensors`` file, or the authors' ``.pth`` file. Without a config.json beside it, attention heads of 64 channels are
-            assumed, as all public checkpoints have them.
+            model.safetensors and config.json, a ``.safetensors`` file, or the authors' ``.pth`` file. Without a
+            config.json beside it, attention heads of 64 channels are assumed, as all public checkpoints have them.
         device: where the network goes.
         cache: folder of the downloads; by default the hub client's own.
         token: of the Hugging Face hub; the public checkpoints need none.

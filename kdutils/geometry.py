@@ -60,11 +60,19 @@ def resize_and_crop(intrinsics, size, new_size):
     scale = max(new_size[0] / size[0], new_size[1] / size[1])
     resized = tuple(max(new, round(old * scale)) for old, new in zip(size, new_size))
     top, left = ((r - n) // 2 for r, n in zip(resized, new_size))
-    # The rounded size, not the ideal scale, is what the image library resizes by.
-    scaling = np.diag([resized[1] / size[1], resized[0] / size[0], 1.0])
-    new = scaling @ intrinsics
-    new[:2, 2] -= (left, top)
-    return new, resized, (top, left)
+    return rescale(intrinsics, size, resized, (top, left)), resized, (top, left)
+
+
+def rescale(intrinsics, size, resized, corner=(0, 0)):
+    """Intrinsics ``(3, 3)`` after a resize from ``size`` to ``resized`` and a crop that begins at ``corner``.
+
+    Args:
+        size, resized: (height, width) in pixels; the rounded size, not the ideal scale, is what a library resizes by.
+        corner: (top, left) of the crop, in resized pixels.
+    """
+    new = np.diag([resized[1] / size[1], resized[0] / size[0], 1.0]) @ intrinsics
+    new[:2, 2] -= corner[::-1]
+    return new
 
 
 def rotation_angle(rotation):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from . import artefacts, geometry
+from . import artefacts, geometry, photos
 
 KINDS = {"color": "color.jpg", "depth": "depth.png", "pose": "pose.txt"}
 BUILDINGS = ("apt1", "apt2", "office1", "office2")
@@ -139,7 +139,7 @@ class Scene:
 
     def _color(self, number, size):
         intrinsics, resized, (top, left) = geometry.resize_and_crop(self.color_intrinsics, self.color_size, size)
-        image = _decode(self.file(number, "color"), self.color_size).convert("RGB")
+        image = _decode(self.file(number, "color"), self.color_size, photos.to_rgb)
         image = image.resize(resized[::-1], Image.Resampling.LANCZOS)
         return np.asarray(image)[top : top + size[0], left : left + size[1]].copy(), intrinsics
 
@@ -404,17 +404,20 @@ def _spread(numbers, most):
     return [numbers[place] for place in np.linspace(0, len(numbers) - 1, most).round().astype(int)]
 
 
-def _decode(file, size):
+def _decode(file, size, converted=None):
     try:
         with Image.open(file) as image:
             if image.size != size[::-1]:
                 raise BadFrame(file, f"image is {image.width}x{image.height}, info.txt says {size[1]}x{size[0]}")
             image.load()
-            return image
+            image = converted(image) if converted else image
     except BadFrame:
         raise
     except _UNREADABLE as error:
         raise BadFrame(file, f"{file.name.split('.')[1]} file is missing, truncated or no image") from error
+    if image.size != size[::-1]:
+        raise BadFrame(file, f"image is {image.width}x{image.height} after its EXIF rotation, info.txt says otherwise")
+    return image
 
 
 def _depth_lookup(intrinsics, size, depth_intrinsics, depth_size):
