@@ -15,7 +15,7 @@ from pathlib import Path
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from kdutils import artefacts, evaluation, scenes
+from kdutils import artefacts, evaluation, scenes, stages
 from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -37,6 +37,7 @@ def main(argv=None):
     for number, scene in enumerate(names):
         with noted(failures):
             study = Study(scene, options.preset, options.teacher, options.device, options.seed)
+            print(stages.settle_teacher(study, _path(options.checkpoint)), flush=True)
             run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
             done.append(study)
     if done:

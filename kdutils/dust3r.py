@@ -350,13 +350,14 @@ def check_size(size):
         raise ValueError(f"image size {tuple(size)}: DUSt3R needs both sides to be multiples of {PATCH}")
 
 
-def load_checkpoint(source=DEFAULT_CHECKPOINT, device="cpu", cache=None, token=None, revision=None):
+def load_checkpoint(source="auto", device="cpu", cache=None, token=None, revision=None):
     """DUSt3R with a checkpoint's weights, in float32 and evaluation mode.
 
     Args:
-        source: the id of a Hugging Face repository (``OWNER/NAME`` or ``OWNER/NAME@REVISION``), a folder with
-            model.safetensors and config.json, a ``.safetensors`` file, or the authors' ``.pth`` file. Without a
-            config.json beside it, attention heads of 64 channels are assumed, as all public checkpoints have them.
+        source: the id of a Hugging Face repository (``OWNER/NAME`` or ``OWNER/NAME@REVISION``; ``auto`` is
+            ``DEFAULT_CHECKPOINT``), a folder with model.safetensors and config.json, a ``.safetensors`` file, or the
+            authors' ``.pth`` file. Without a config.json beside it, attention heads of 64 channels are assumed, as all
+            public checkpoints have them.
         device: where the network goes.
         cache: folder of the downloads; by default the hub client's own.
         token: of the Hugging Face hub; the public checkpoints need none.
@@ -369,13 +370,14 @@ def load_checkpoint(source=DEFAULT_CHECKPOINT, device="cpu", cache=None, token=N
     file = locate_checkpoint(source, cache, token, revision)
     digest = _checked_digest(file)
     model = _build(_read_tensors(file), file)
-    model.checkpoint = file.stem if Path(source).is_file() else Path(source).resolve().name
+    model.checkpoint = file.stem if Path(source).is_file() else _name_of(source)
     model.digest = digest
     return model.to(device, memory_format=torch.channels_last).eval()  # a sixth faster in the DPT head
 
 
-def locate_checkpoint(source=DEFAULT_CHECKPOINT, cache=None, token=None, revision=None):
+def locate_checkpoint(source="auto", cache=None, token=None, revision=None):
     """The checkpoint's file, downloaded if need be; see ``load_checkpoint`` for arguments and errors."""
+    source = DEFAULT_CHECKPOINT if source == "auto" else source
     path = Path(source)
     if path.is_file():
         return path
@@ -387,6 +389,10 @@ def locate_checkpoint(source=DEFAULT_CHECKPOINT, cache=None, token=None, revisio
     if not (path / "model.safetensors").is_file():
         raise CheckpointError(f"{path / 'model.safetensors'}: missing; put the checkpoint there, or give its path")
     return path / "model.safetensors"
+
+
+def _name_of(source):
+    return Path(DEFAULT_CHECKPOINT if source == "auto" else str(source).partition("@")[0]).resolve().name
 
 
 def _checked_digest(file):

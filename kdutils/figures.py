@@ -100,15 +100,31 @@ def camera_path(poses, is_test, points=None):
     return figure
 
 
-def pair_graph(poses, pairs):
-    """The pair graph drawn over the camera centres, seen from above."""
-    figure, axis = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
-    a, b = _views(poses)[0]
-    ends = poses[pairs][:, :, [a, b], 3]
-    lines = np.concatenate([ends, np.full((len(ends), 1, 2), np.nan)], axis=1).reshape(-1, 2)
-    axis.plot(*lines.T, color=TRAIN, lw=0.4, alpha=0.5)
-    axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=4, color=TEST)
-    axis.set(xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+def pair_graphs(graphs, loop=30, bounds=None):
+    """Pair graphs over the camera centres, seen from above; below, what every edge's two views share.
+
+    Args:
+        graphs: scene's name -> poses ``(N, 4, 4)`` and ``overlap.Edges``.
+        loop: frames between two images from which on their edge closes a loop.
+        bounds: least and most part of a view that is shared, and least angle in degrees; drawn as lines.
+    """
+    figure, axes = plt.subplots(2, len(graphs), figsize=(4.8 * len(graphs), 7), layout="constrained", squeeze=False)
+    for (above, below), (name, (poses, edges)) in zip(axes.T, graphs.items()):
+        a, b = _views(poses)[0]
+        is_loop = np.diff(edges.images, axis=1)[:, 0] >= loop
+        for which, colour, label in ((~is_loop, TRAIN, "neighbours in time"), (is_loop, TEST, "loop closures")):
+            ends = poses[edges.images[which]][:, :, [a, b], 3]
+            lines = np.concatenate([ends, np.full((len(ends), 1, 2), np.nan)], axis=1).reshape(-1, 2)
+            above.plot(*lines.T, color=colour, lw=0.4, alpha=0.5, label=label)
+            below.plot(100 * edges.shared[which], edges.angle[which], ".", color=colour, ms=2.5, label=label)
+        above.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=3, color="black")
+        above.set(title=name, xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+        below.set(xlabel="shared part of the views in %", ylabel="triangulation angle in °", xlim=(0, 100))
+        if bounds:
+            for position in bounds[:2]:
+                below.axvline(100 * position, color="grey", ls="--", lw=0.8)
+            below.axhline(bounds[2], color="grey", ls="--", lw=0.8)
+    axes[1, 0].legend(frameon=False, markerscale=4)
     return figure
 
 

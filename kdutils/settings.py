@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from kdutils.artefacts import read_json
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEACHERS = ("depth", "dust3r")
 
@@ -55,6 +57,7 @@ class Preset:
     other_scene_arms: tuple[str, ...] = tuple(ARMS)
     vit_blocks: int = 12  # the paper has ViTs of 4 and of 12
     teacher: str = "depth"
+    other_teacher: str = "depth"  # where DUSt3R's checkpoint cannot be had
     weight_decay: float = 0.01
     validation_share: float = 0.15  # of each training sequence, its end
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
@@ -94,16 +97,32 @@ class Study:
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         self.preset_name, self.preset, self.seed = preset, PRESETS[preset], int(seed)
-        self.teacher = self.preset.teacher if teacher == "auto" else teacher
-        if self.teacher not in TEACHERS:
+        self.asked_teacher = self.preset.teacher if teacher == "auto" else teacher
+        if self.asked_teacher not in TEACHERS:
             raise ValueError(f"unknown teacher {teacher!r}: use one of auto, {', '.join(TEACHERS)}")
         self.device = pick_device(device)
         self.data = Path(os.environ.get("KDUTILS_DATA", REPOSITORY / "data")).resolve()
         self.workspace = self.data if preset == "sample" else self.data / preset
         self.given, self.scene = scene, scene_name(scene, self.data / "scenes")
         self.frames_folder = self.workspace / "labels" / self.scene / "frames"
-        self.labels_folder = self.workspace / "labels" / self.scene / self.teacher
-        self.runs_folder = self.workspace / "runs" / self.scene / self.teacher
+
+    @property
+    def substitution(self):
+        """File that says which teacher took the place of the one asked for, and why; it is there only if one did."""
+        return self.workspace / "labels" / self.scene / self.asked_teacher / "substitution.json"
+
+    @property
+    def teacher(self):
+        """The teacher that labels the scene: the one asked for, unless its checkpoint could not be had."""
+        return read_json(self.substitution)["teacher"] if self.substitution.exists() else self.asked_teacher
+
+    @property
+    def labels_folder(self):
+        return self.workspace / "labels" / self.scene / self.teacher
+
+    @property
+    def runs_folder(self):
+        return self.workspace / "runs" / self.scene / self.teacher
 
     def run_folder(self, arm):
         return self.runs_folder / (arm if self.seed == 0 else f"{arm}-seed{self.seed}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdutils import alignment, artefacts, labelling, pairs, rooms, scenes, teachers
+from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
 
 Labels = namedtuple("Labels", "points confidence valid depth report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres, confidence and valid (N, H, W), depth along z (N, H, W)."""
@@ -55,12 +55,34 @@ def frames(study):
     return scenes.Frames.load(study.frames_folder)
 
 
-def label(study, checkpoint="auto"):
-    """Stage 02: the teacher over the pair graph, streamed to disk; ``checkpoint`` is for DUSt3R."""
+def settle_teacher(study, checkpoint="auto"):
+    """Whether the teacher asked for can be had; if its checkpoint cannot, the preset's other one takes its place.
+
+    The later stages follow, as the choice is kept beside the labels. Only a checkpoint left to ``auto`` is replaced.
+
+    Returns:
+        One line that says which teacher it is, and if need be why.
+
+    Raises:
+        dust3r.CheckpointError: a checkpoint that was named cannot be had.
+    """
+    artefacts.discard(study.substitution)
+    if study.asked_teacher == "dust3r":
+        try:
+            dust3r.locate_checkpoint(checkpoint)
+        except dust3r.CheckpointError as error:
+            if checkpoint != "auto":
+                raise
+            artefacts.write_json(study.substitution, {"teacher": study.preset.other_teacher, "reason": str(error)})
+            return f"TEACHER {study.teacher} INSTEAD OF dust3r: {error}"
+    return f"teacher {study.teacher}"
+
+
+def label(study, teacher):
+    """Stage 02: the teacher over the pair graph, streamed to disk; see ``teachers.build``."""
     scene_frames = frames(study)
     edges = pairs.scene_pairs(scene_frames, study.preset.pair_graph, study.preset.window)
     inputs = artefacts.file_digest(study.frames_folder / scenes.MANIFEST)
-    teacher = teachers.build(study, scene_frames, checkpoint)
     return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
                                  progress=partial(tqdm, desc=f"{teacher.name} labels", unit="pair"))  # fmt: skip
 

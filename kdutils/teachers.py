@@ -81,5 +81,4 @@ def build(study, frames, checkpoint="auto"):
         return DepthTeacher(frames)
     from kdutils import dust3r, inference
 
-    source = dust3r.DEFAULT_CHECKPOINT if checkpoint == "auto" else checkpoint
-    return inference.DUSt3RTeacher(frames, dust3r.load_checkpoint(source, study.device), folder=study.labels_folder)
+    return inference.DUSt3RTeacher(frames, dust3r.load_checkpoint(checkpoint, study.device), folder=study.labels_folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kdutils import __main__ as driver
-from kdutils import evaluation
+from kdutils import evaluation, stages
 from kdutils.settings import ARMS, PRESETS, REPOSITORY, Study
 
 
@@ -66,6 +66,38 @@ def test_only_the_default_study_writes_to_the_figures_of_the_readme(monkeypatch)
 def test_seeds_and_presets_keep_apart():
     folders = {Study(preset=preset, seed=seed).run_folder("cnn-scratch") for preset in PRESETS for seed in (0, 1)}
     assert len(folders) == 2 * len(PRESETS)
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    """A hub that nobody answers for, an empty cache, and a workspace of one's own."""
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
+
+
+def test_without_a_checkpoint_the_other_teacher_is_named_and_used(no_hub):
+    study = Study("kitchen", "study")
+    assert study.teacher == study.asked_teacher == "dust3r"
+    said = stages.settle_teacher(study)
+    assert said.startswith("TEACHER depth INSTEAD OF dust3r") and "by hand" in said
+    for later in (study, Study("kitchen", "study"), Study("kitchen", "study", "dust3r")):
+        assert later.teacher == later.describe()["teacher"] == "depth"
+        assert later.labels_folder.name == later.runs_folder.name == "depth"
+    assert Study("office", "study").teacher == "dust3r"  # settled for each scene
+
+
+def test_a_checkpoint_that_turns_up_is_used(no_hub, tmp_path):
+    study = Study("kitchen", "study")
+    stages.settle_teacher(study)
+    (tmp_path / "model.safetensors").touch()
+    assert stages.settle_teacher(study, str(tmp_path)) == "teacher dust3r" == f"teacher {study.teacher}"
+
+
+def test_a_checkpoint_that_was_named_is_not_replaced(no_hub, tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        stages.settle_teacher(Study("kitchen", "study"), str(tmp_path / "typo.safetensors"))
+    assert stages.settle_teacher(Study("kitchen")) == "teacher depth"
 
 
 @pytest.mark.parametrize("wrong", [{"preset": "huge"}, {"teacher": "mast3r"}, {"device": "abacus"}])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 
-from kdutils import figures, geometry
+from kdutils import figures, geometry, overlap
 
 K = np.array([[100.0, 0, 16], [0, 90, 12], [0, 0, 1]])
 
@@ -190,11 +190,13 @@ def test_camera_path_keeps_test_and_training_apart(world, draw):
     draw(figures.camera_path(world.poses, is_test))
 
 
-def test_pair_graph_draws_every_edge(world, draw):
-    figure = draw(figures.pair_graph(world.poses, np.array([[0, 1], [1, 0], [2, 5]])))
-    lines, centres = figure.axes[0].lines
-    assert np.isnan(lines.get_xdata()).sum() == 3 and len(centres.get_xdata()) == 6
-    assert_allclose(lines.get_xydata()[6:8], world.poses[[2, 5]][:, [0, 2], 3])
+def test_pair_graphs_draw_every_edge(world, draw):
+    edges = overlap.Edges(np.array([[0, 1], [2, 5]]), np.array([0.4, 0.6]), np.array([3.0, 12.0]))
+    figure = draw(figures.pair_graphs({"room": (world.poses, edges)}, loop=3, bounds=(0.2, 0.9, 2)))
+    near, far, centres = figure.axes[0].lines
+    assert np.isnan(near.get_xdata()).sum() == np.isnan(far.get_xdata()).sum() == 1 and len(centres.get_xdata()) == 6
+    assert_allclose(far.get_xydata()[:2], world.poses[[2, 5]][:, [0, 2], 3])
+    assert figure.axes[1].lines[1].get_xydata().tolist() == [[60, 12]]
 
 
 def test_histogram_counts_all(draw):
