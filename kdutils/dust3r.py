@@ -241,9 +241,9 @@ def as_map(tokens, size):
 
 def points_and_confidence(raw):
     """Points ``(B, H, W, 3)`` and confidence above 1 ``(B, H, W)`` from a head's output ``(B, 4, H, W)``."""
-    direction, confidence = raw[:, :3].permute(0, 2, 3, 1), raw[:, 3]
-    length = direction.norm(dim=-1, keepdim=True)
-    return direction / length.clamp(min=1e-8) * length.expm1(), 1 + confidence.exp()
+    length = raw[:, :3].norm(dim=1, keepdim=True)
+    points = raw[:, :3] * (length.expm1() / length.clamp(min=1e-8))
+    return points.permute(0, 2, 3, 1), 1 + raw[:, 3].exp()
 
 
 class DUSt3R(nn.Module):

@@ -12,7 +12,9 @@ import numpy as np
 from kdutils import geometry
 
 SHARED = (0.2, 0.9)  # part of each of the two views that the other one sees as well
-LEAST_ANGLE = 2.0  # degrees between the two rays to a point that both see; below it, depth cannot be triangulated
+# Degrees between the two rays to a point that both see: below it depth cannot be triangulated, above it the two views
+# show the place from different sides.
+LEAST_ANGLE, MOST_ANGLE = 2.0, 60.0
 GOOD_ANGLES = (10.0, 30.0)  # degrees: wide enough for depth, and not so wide that the views look different
 MOST_NEIGHBOURS = 6  # of an image, so at most twice as many directed pairs
 ASSUMED_DEPTH = 2.0  # metres from camera to room, where no depth is known
@@ -48,9 +50,10 @@ class Edges:
         return self.shared * np.minimum(self.angle / least, 1) * np.minimum(most / np.maximum(self.angle, most), 1)
 
     def admissible(self):
-        """Those that overlap enough, but not all, and can be triangulated."""
+        """Those that overlap, though not altogether, and can be triangulated."""
         low, high = SHARED
-        return self[(self.shared >= low) & (self.shared <= high) & (self.angle >= LEAST_ANGLE)]
+        overlaps = (self.shared >= low) & (self.shared <= high)
+        return self[overlaps & (self.angle >= LEAST_ANGLE) & (self.angle <= MOST_ANGLE)]
 
 
 class Views:
