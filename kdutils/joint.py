@@ -1,0 +1,305 @@
+"""Scales, depths and, if they are not known, poses of all images from all pairs at once, robustly, on the sketches.
+
+Every sampled pixel of a pair (i, j) gives four residuals. View j's point, taken into camera j, has to fall on its
+pixel's ray (two) and at the depth that image j has there; view i's has to lie at image i's depth. Iteratively
+reweighted Gauss-Newton over one log-scale a pair, one log-depth shift an image and, where wanted, six of a pose; the
+coarse depths themselves are refreshed between the steps. A pair's scale occurs in its own residuals only and is
+eliminated, so what is factored is sparse and grows with the images.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import sparse
+from scipy.sparse.linalg import splu
+from scipy.spatial.transform import Rotation
+
+from kdutils import geometry
+
+ROUNDS, FINAL_ROUNDS = 12, 4
+LEAST_RAY_NOISE, LEAST_DEPTH_NOISE = 5e-4, 1e-3  # half precision's: radians, and share of the depth
+KERNEL = 3.0  # residuals beyond so many deviations hardly count
+MOST_RAY_ERROR = 0.06  # radians: a pair whose median error is larger than this and than MOST_TIMES the scene's is wrong
+MOST_DEPTH_ERROR = 0.15  # the same for its log-depths' disagreement with the other pairs'
+MOST_TIMES = 5.0
+BLOCK = 512  # pairs whose derivatives are held at once
+INDEPENDENT = 20  # pixels of a pair whose errors count as independent of each other: predictions' errors are smooth
+BEHIND = 10.0  # a residual for points behind the camera
+
+
+@dataclass
+class State:
+    """What is solved for; lengths in the world's unit."""
+
+    poses: np.ndarray  # (N, 4, 4) camera-to-world
+    log_scale: np.ndarray  # (P,) of world units per unit of the pair's sketch
+    log_depth: np.ndarray  # (N, M) of every sampled pixel; NaN where no pair says anything
+    ray_noise: float = 0.0  # deviation of the points from their rays, radians
+    depth_noise: float = 0.0  # deviation of a prediction from the others, as a share of the depth
+    rejected: dict = field(default_factory=dict)  # pair -> reason
+    ray_error: np.ndarray = None  # (P,) median of view j's points from their rays, radians
+    depth_error: np.ndarray = None  # (P,) median disagreement with the images' log-depths
+
+
+def solve(sketches, rays, state, ray_error_i, free_poses):
+    """Refine a state, and tell the pairs that fit no other.
+
+    Args:
+        sketches: ``Sketches``.
+        rays: ``(N, M, 2)`` the sampled pixels' x/z and y/z in every image.
+        state: where to start; its ``log_depth`` may be NaN, its poses may not.
+        ray_error_i: ``(P,)`` median distance of view i's points from their own rays, radians.
+        free_poses: whether the poses are refined too.
+    """
+    for step in range(ROUNDS + FINAL_ROUNDS):
+        residuals = _residuals(sketches, rays, state)
+        predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
+        by_median = step < ROUNDS // 2 or step == ROUNDS
+        state.log_depth = consensus(sketches.pairs, predicted, weight, state, by_median)
+        _measure(sketches, residuals, predicted, state)
+        trust = _trust(state, ray_error_i)
+        if step >= ROUNDS:
+            state.rejected = reject(state, ray_error_i)
+            trust[list(state.rejected)] = 0
+        _gauss_newton(sketches, rays, state, trust, free_poses)
+    residuals = _residuals(sketches, rays, state)
+    predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
+    state.log_depth = consensus(sketches.pairs, predicted, weight, state, False)
+    _measure(sketches, residuals, predicted, state)
+    state.rejected = reject(state, ray_error_i)
+    return state
+
+
+def reject(state, ray_error_i):
+    """Pairs that are wrong altogether: index -> reason."""
+    tests = (
+        (ray_error_i, MOST_RAY_ERROR, "the points of its view 1 do not lie on that camera's rays"),
+        (state.ray_error, MOST_RAY_ERROR, "the points of its view 2 do not lie on that camera's rays"),
+        (state.depth_error, MOST_DEPTH_ERROR, "its depths contradict the other pairs'"),
+    )
+    reasons = {}
+    for error, least, reason in tests:
+        reasons |= {int(p): reason for p in np.flatnonzero(error > limit(error, least)) if int(p) not in reasons}
+    return reasons
+
+
+def limit(error, least):
+    """The largest error ``(P,)`` that a pair may have: ``least``, or several times the scene's median if that is more."""
+    return max(least, MOST_TIMES * _median(error[np.isfinite(error)]))
+
+
+def row_median(values, mask):
+    """Median of the masked values of every row ``(P, M)``, the lower one of two; NaN where there are none."""
+    ordered = np.sort(np.where(mask, values, np.inf), axis=1)
+    count = mask.sum(1)
+    return np.where(count > 0, ordered[np.arange(len(values)), np.maximum(count - 1, 0) // 2], np.nan)
+
+
+def consensus(pairs, predicted, weight, state, by_median):
+    """Log-depths ``(N, M)`` that an image's predictions agree on: their median, or a robust mean near the last one."""
+    images = np.concatenate([pairs[:, 0], pairs[:, 1]])
+    count = len(state.poses)
+    if by_median:
+        agreed = np.full((count, predicted.shape[1]), np.nan)
+        order = np.argsort(images, kind="stable")
+        starts = np.searchsorted(images[order], np.arange(count + 1))
+        for k in np.flatnonzero(np.diff(starts)):
+            mine = order[starts[k] : starts[k + 1]]
+            agreed[k] = row_median(predicted[mine].T, weight[mine].T > 0)
+        return agreed
+    with np.errstate(invalid="ignore"):
+        off = (predicted - state.log_depth[images]) / max(state.depth_noise, LEAST_DEPTH_NOISE)
+    weight = np.where(np.isfinite(off), weight * kernel(off), 0)
+    gather = sparse.csr_array((np.ones(len(images)), (images, np.arange(len(images)))), (count, len(images)))
+    total = gather @ weight
+    with np.errstate(invalid="ignore"):
+        agreed = gather @ (weight * np.where(weight > 0, predicted, 0)) / np.where(total > 0, total, np.nan)
+    return np.where(np.isfinite(agreed), agreed, state.log_depth)
+
+
+def scale_evidence(sketches, rays, state):
+    """What each pair's rays tell of its scale ``(P,)``: 1 over the variance of its logarithm, from parallax and noise."""
+    i, j = sketches.pairs.T
+    points = geometry.invert(state.poses[j]) @ state.poses[i]
+    motion = points[:, None, :2, 3] - rays[j] * points[:, None, 2:3, 3]
+    points[:, :3, :3] *= np.exp(state.log_scale)[:, None, None]
+    depth = geometry.transform_each(points, sketches.points_j)[..., 2]
+    seen = (sketches.weight_j > 0) & (depth > 0)
+    parallax = np.where(seen, (motion**2).sum(-1) / np.where(seen, depth, 1) ** 2, 0)
+    return INDEPENDENT * parallax.sum(1) / np.maximum(seen.sum(1), 1) / state.ray_noise**2
+
+
+def kernel(deviations):
+    """Weight of a residual in units of its deviation (Geman and McClure): gross ones lose all theirs."""
+    return 1 / (1 + (deviations / KERNEL) ** 2) ** 2
+
+
+def _residuals(sketches, rays, state):
+    """View j's points in camera j: off the ray ``(P, M, 2)``, log-depth ``(P, M)``, whether in front ``(P, M)``."""
+    i, j = sketches.pairs.T
+    relative = geometry.invert(state.poses[j]) @ state.poses[i]
+    relative[:, :3, :3] *= np.exp(state.log_scale)[:, None, None]
+    points = sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2) + relative[:, None, :3, 3]
+    front = points[..., 2] > 1e-2 * np.linalg.norm(points, axis=-1)
+    z = np.where(front, points[..., 2], 1.0)
+    off = np.where(front[..., None], points[..., :2] / z[..., None] - rays[j], BEHIND)
+    return off, np.where(front, np.log(z), np.nan), front
+
+
+def _predictions(sketches, residuals, state, ray_error_i):
+    """Log-depths that all pairs predict ``(2P, M)``, views i then views j, and their weights."""
+    off, log_z, front = residuals
+    depth = sketches.points_i[..., 2]
+    seen = (sketches.weight_i > 0) & (depth > 0)
+    own = np.where(seen, np.log(np.where(seen, depth, 1)) + state.log_scale[:, None], np.nan)
+    distance = np.linalg.norm(off, axis=-1)
+    near = kernel(distance / _deviation(distance[front & (sketches.weight_j > 0)], LEAST_RAY_NOISE, 1.1774))
+    sound = np.ones(len(own))
+    sound[list(state.rejected) or ray_error_i > limit(ray_error_i, MOST_RAY_ERROR)] = 0
+    weight = np.concatenate([np.where(seen, sketches.weight_i, 0), np.where(front, sketches.weight_j * near, 0)])
+    return np.concatenate([own, log_z]), weight * np.concatenate([sound, sound])[:, None]
+
+
+def _measure(sketches, residuals, predicted, state):
+    """The errors of every pair, and from them the noise of the scene."""
+    off, _, front = residuals
+    i, j = sketches.pairs.T
+    has_j = sketches.weight_j > 0
+    distance = np.linalg.norm(off, axis=-1)
+    state.ray_error = row_median(distance, has_j)
+    disagreement = np.abs(predicted - state.log_depth[np.concatenate([i, j])])
+    count = len(i)
+    errors = [row_median(d, np.isfinite(d)) for d in (disagreement[:count], disagreement[count:])]
+    state.depth_error = np.fmax(*errors)
+    good = np.ones(count, bool)
+    good[list(reject(state, np.zeros(count)))] = False
+    state.ray_noise = _deviation(distance[good][has_j[good]], LEAST_RAY_NOISE, 1.1774)
+    both = disagreement[np.concatenate([good, good])]
+    state.depth_noise = _deviation(both[np.isfinite(both)], LEAST_DEPTH_NOISE, 0.6745)
+
+
+def _trust(state, ray_error_i):
+    """Soft weight ``(P,)`` of whole pairs, so that one which looks wrong at first can come back."""
+    trust = np.ones(len(state.log_scale))
+    for error, least in ((ray_error_i, MOST_RAY_ERROR), (state.ray_error, MOST_RAY_ERROR),
+                         (state.depth_error, MOST_DEPTH_ERROR)):  # fmt: skip
+        trust *= 1 / (1 + (np.nan_to_num(error) / limit(error, least)) ** 4)
+    return trust
+
+
+def _gauss_newton(sketches, rays, state, trust, free_poses):
+    """One step; the log-scale of each pair is eliminated (Schur complement) and found last."""
+    i, j = sketches.pairs.T
+    count = len(state.poses)
+    width = 7 if free_poses else 1  # an image's unknowns: (rotation, translation,) log-depth shift
+    blocks = [_normal(sketches.select(part), rays, state, trust[part], part, free_poses)
+              for part in (slice(k, k + BLOCK) for k in range(0, len(i), BLOCK))]  # fmt: skip
+    hessian, gradient, cross, own, own_gradient = (np.concatenate(column) for column in zip(*blocks))
+    own = np.maximum(own, 1e-9)
+    reduced = hessian - cross[:, :, None] * cross[:, None, :] / own[:, None, None]
+    reduced_gradient = gradient - cross * (own_gradient / own)[:, None]
+    index = np.concatenate([width * i[:, None] + np.arange(width), width * j[:, None] + np.arange(width)], axis=1)
+    rows, columns = np.broadcast_arrays(index[:, :, None], index[:, None, :])
+    matrix = sparse.coo_array((reduced.ravel(), (rows.ravel(), columns.ravel())), (width * count, width * count))
+    right = np.bincount(index.ravel(), reduced_gradient.ravel(), width * count)
+    # The world's own frame and unit are free: a little damping picks the step that leaves them alone.
+    diagonal = matrix.diagonal()
+    damping = 1e-7 * diagonal + 1e-9 * max(diagonal.max(), 1e-30)
+    step = splu((matrix.tocsc() + sparse.diags_array(damping)).tocsc()).solve(-right).reshape(count, width)
+    change = -(own_gradient + (cross * step[sketches.pairs].reshape(len(i), -1)).sum(1)) / own
+    state.log_scale = state.log_scale + np.clip(change, -1, 1)
+    state.log_depth = state.log_depth + np.clip(step[:, -1:], -1, 1)
+    if free_poses:
+        state.poses = moved(state.poses, step[:, :6])
+
+
+def moved(poses, steps):
+    """Camera-to-world poses whose world-to-camera is moved by small steps ``(N, 6)``: rotation vector, translation."""
+    limit = np.minimum(1, 0.5 / np.maximum(np.linalg.norm(steps[:, :3], axis=1), 1e-12))[:, None]
+    motion = np.tile(np.eye(4), (len(poses), 1, 1))
+    motion[:, :3, :3] = Rotation.from_rotvec(limit * steps[:, :3]).as_matrix()
+    motion[:, :3, 3] = limit * steps[:, 3:]
+    return poses @ geometry.invert(motion)
+
+
+def _normal(sketches, rays, state, trust, part, free_poses):
+    """Normal equations of a block of pairs, in their images' unknowns ``(B, 2w, 2w)`` and their own log-scale."""
+    i, j = sketches.pairs.T
+    relative = geometry.invert(state.poses[j]) @ state.poses[i]
+    turned = np.exp(state.log_scale[part])[:, None, None] * (sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2))
+    points = turned + relative[:, None, :3, 3]
+    front = points[..., 2] > 1e-2 * np.linalg.norm(points, axis=-1)
+    depth = np.where(front, points[..., 2], 1.0)
+    x, y = points[..., 0] / depth, points[..., 1] / depth
+    off_x, off_y = x - rays[j, :, 0], y - rays[j, :, 1]
+    off_depth = np.log(depth) - state.log_depth[j]
+    own_depth = sketches.points_i[..., 2]
+    own_seen = (sketches.weight_i > 0) & (own_depth > 0)
+    off_own = np.log(np.where(own_seen, own_depth, 1)) + state.log_scale[part][:, None] - state.log_depth[i]
+    weight_j = np.where(front, sketches.weight_j, 0) * trust[:, None]
+    on_ray = weight_j * kernel(np.hypot(off_x, off_y) / state.ray_noise) / state.ray_noise**2
+    weight = np.stack([
+        on_ray, on_ray,
+        _known(weight_j * kernel(off_depth / state.depth_noise) / state.depth_noise**2),
+        _known(np.where(own_seen, sketches.weight_i, 0) * trust[:, None]
+               * kernel(off_own / state.depth_noise) / state.depth_noise**2),
+    ], axis=1)  # fmt: skip
+    residual = np.stack([off_x, off_y, np.nan_to_num(off_depth), np.nan_to_num(off_own)], axis=1)
+    zero, one = np.zeros_like(x), np.ones_like(x)
+    by_scale = np.stack([(turned[..., 0] - x * turned[..., 2]) / depth, (turned[..., 1] - y * turned[..., 2]) / depth,
+                         turned[..., 2] / depth, one], axis=1)  # fmt: skip
+    columns = [by_scale, _rows(zero, zero, zero, -one), _rows(zero, zero, -one, zero)]
+    if free_poses:
+        columns += [
+            _rows(-x * y, -1 - y * y, y, zero), _rows(1 + x * x, x * y, -x, zero), _rows(-y, x, zero, zero),
+            _rows(1 / depth, zero, zero, zero), _rows(zero, 1 / depth, zero, zero),
+            _rows(-x / depth, -y / depth, 1 / depth, zero),
+        ]  # fmt: skip
+    slopes = np.stack(columns, axis=1).reshape(len(i), len(columns), -1)
+    weighted = slopes * weight.reshape(len(i), 1, -1)
+    normal = weighted @ np.swapaxes(slopes, 1, 2)
+    gradient = (weighted @ residual.reshape(len(i), -1, 1))[..., 0]
+    spread = _spread(relative, free_poses)
+    hessian = spread @ normal[:, 1:, 1:] @ np.swapaxes(spread, 1, 2)
+    cross = (spread @ normal[:, 1:, :1])[..., 0]
+    return hessian, (spread @ gradient[:, 1:, None])[..., 0], cross, normal[:, 0, 0], gradient[:, 0]
+
+
+def _spread(relative, free_poses):
+    """From a pair's unknowns (shift of i, shift of j, relative motion) to its images' ``(B, 2w, 2 + 6)``."""
+    count = len(relative)
+    if not free_poses:
+        return np.tile(np.eye(2), (count, 1, 1))
+    spread = np.zeros((count, 14, 8))
+    rotation, (x, y, z) = relative[:, :3, :3], relative[:, :3, 3].T
+    cross = np.zeros((count, 3, 3))
+    cross[:, 0, 1], cross[:, 0, 2], cross[:, 1, 2] = -z, y, -x
+    cross[:, 1, 0], cross[:, 2, 0], cross[:, 2, 1] = z, -y, x
+    # A motion of camera i moves the relative pose backwards, through the adjoint of that pose.
+    adjoint = np.zeros((count, 6, 6))
+    adjoint[:, :3, :3] = adjoint[:, 3:, 3:] = rotation
+    adjoint[:, 3:, :3] = cross @ rotation
+    spread[:, :6, 2:] = -np.swapaxes(adjoint, 1, 2)
+    spread[:, 7:13, 2:] = np.eye(6)
+    spread[:, 6, 0] = spread[:, 13, 1] = 1
+    return spread
+
+
+def _rows(*parts):
+    return np.stack(parts, axis=1)
+
+
+def _known(weight):
+    return np.where(np.isfinite(weight), weight, 0)
+
+
+def _median(values):
+    return float(np.median(values)) if len(values) else 0.0
+
+
+def _deviation(sizes, least, median_of_unit):
+    """Deviation behind the sizes of residuals, by their median; gross ones are left out, as they raise that too."""
+    deviation = np.inf
+    for _ in range(4):
+        deviation = max(_median(sizes[sizes < KERNEL * deviation]) / median_of_unit, least)
+    return deviation
