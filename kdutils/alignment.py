@@ -167,6 +167,7 @@ def _fuse(shards, pairs, scales, intrinsics, poses, state, size):
             if kept[number]:
                 fusion.add(scales[number], *pair)
             number += 1
+    fusion.finish()
     return fusion
 
 

@@ -4,12 +4,17 @@ An image's predictions wait until all have come, at most ``MOST_WAITING`` of the
 support is the start of a reweighted mean, which single gross errors do not reach. Memory grows with the images.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+from scipy.ndimage import median_filter
 
 from kdutils import geometry
-from kdutils.sketches import usable_weight
+from kdutils.sketches import log_confidence
 
 MOST_WAITING = 16
+MOST_FINISHING = 4  # images that wait for the thread that reduces them
+NEIGHBOURS_COUNT = 1.5  # what the surrounding pixels' depth counts for, in predictions of that pixel
 LEAST_NOISE = 0.003  # share of the depth, below which predictions count as agreeing however exact the others are
 WIDTHS = (6.0, 4.0, 4.0)  # deviations at which a prediction has lost half its weight, round by round
 LEAST_RAY_NOISE = 0.003  # radians
@@ -30,11 +35,13 @@ class Fusion:
     def __init__(self, intrinsics, poses, size, expected, depth_noise, ray_noise):
         self.poses, self.expected = poses, expected
         self.noise, self.ray_noise = max(depth_noise, LEAST_NOISE), max(ray_noise, LEAST_RAY_NOISE)
-        self.slopes = _Slopes(intrinsics, size)
+        self.to_rays = np.linalg.inv(intrinsics).astype(np.float32)
+        self.u, self.v = np.arange(size[1], dtype=np.float32) + 0.5, np.arange(size[0], dtype=np.float32)[:, None] + 0.5
         shape = (len(poses), *size)
         self.depth, self.confidence = np.zeros(shape, np.float32), np.ones(shape, np.float32)
         self.valid = np.zeros(shape, bool)
         self.waiting = {}
+        self.finisher, self.finishing = ThreadPoolExecutor(1), []
 
     def add(self, scale, pair, points_i, points_j, confidence_i, confidence_j):
         """Take in one pair's prediction, ``(H, W, ...)``, with its scale."""
@@ -45,22 +52,31 @@ class Fusion:
         self._add(j, relative, points_j, confidence_j)
 
     def _add(self, image, transform, points, confidence):
-        weight = usable_weight(points, confidence)
-        moved = points.reshape(-1, 3) @ transform[:3, :3].T.astype(np.float32) + transform[:3, 3].astype(np.float32)
-        x, y, z = moved.T.reshape(3, *weight.shape)
-        front = (weight > 0) & (z > 0)
+        x, y, z = (points.reshape(-1, 3) @ transform[:3, :3].T.astype(np.float32)).T.reshape(3, *confidence.shape)
+        x, y, z = (a + b for a, b in zip((x, y, z), transform[:3, 3].astype(np.float32)))
+        weight = log_confidence(confidence)
+        front = (weight > 0) & (z > 0) & (z < np.inf)
         z = np.where(front, z, np.float32(1))
-        slope_x, slope_y = self.slopes[image]
-        off = ((x / z - slope_x) ** 2 + (y / z - slope_y) ** 2) / np.float32((3 * self.ray_noise) ** 2)
-        weight = np.where(front, weight / (1 + off) ** 2, np.float32(0))
+        (a, b, c), (d, e, f), _ = self.to_rays[image]
+        off = (x / z - (a * self.u + b * self.v + c)) ** 2 + (y / z - (d * self.u + e * self.v + f)) ** 2
+        front &= np.isfinite(off)
+        weight = np.where(front, weight / (1 + off / np.float32((3 * self.ray_noise) ** 2)) ** 2, np.float32(0))
         waiting = self.waiting.setdefault(image, _Waiting())
         waiting.depths.append(z)
         waiting.weights.append(weight)
         waiting.count += 1
         if waiting.count == self.expected[image]:
-            self._finish(image, self.waiting.pop(image))
+            self.finishing.append(self.finisher.submit(self._finish, image, self.waiting.pop(image)))
+            if len(self.finishing) > MOST_FINISHING:
+                self.finishing.pop(0).result()
         elif len(waiting.depths) == MOST_WAITING:
             waiting.reduce(self.noise)
+
+    def finish(self):
+        """Wait for the images still being worked on."""
+        with self.finisher:
+            for image in self.finishing:
+                image.result()
 
     def _finish(self, image, waiting):
         waiting.reduce(self.noise)
@@ -105,6 +121,12 @@ def robust_mean(depths, weights, noise):
             support[k] += weights[m] * near
             support[m] += weights[k] * near
     support[weights == 0] = 0
+    first = np.take_along_axis(logs, support.argmax(0)[None], 0)[0]
+    # Where few predictions agree by chance, the pixels around tell which: gross errors seldom continue the surface.
+    around = median_filter(first, 3, mode="nearest")
+    near = 1 / (1 + ((logs - around) / np.float32(4 * noise)) ** 2)
+    support += np.float32(NEIGHBOURS_COUNT * weights.mean()) * near
+    support[weights == 0] = 0
     centre = np.take_along_axis(depths, support.argmax(0)[None], 0)[0]
     for width in WIDTHS:
         off = ((depths / centre - 1) / np.float32(width * noise)) ** 2
@@ -112,18 +134,3 @@ def robust_mean(depths, weights, noise):
         total = robust.sum(0)
         centre = np.where(total > 0, (robust * depths).sum(0) / np.where(total > 0, total, 1), centre)
     return np.where(total > 0, centre, 0), off < 1
-
-
-class _Slopes:
-    """x/z and y/z ``(H, W)`` of an image's pixel rays; computed once where all images share a camera."""
-
-    def __init__(self, intrinsics, size):
-        self.intrinsics, self.size = intrinsics, size
-        self.shared = self._of(0) if (intrinsics == intrinsics[:1]).all() else None
-
-    def __getitem__(self, image):
-        return self.shared or self._of(image)
-
-    def _of(self, image):
-        rays = geometry.pixel_rays(self.intrinsics[image], *self.size).astype(np.float32)
-        return rays[..., 0].copy(), rays[..., 1].copy()

@@ -16,10 +16,11 @@ from scipy.spatial.transform import Rotation
 
 from kdutils import geometry
 
-ROUNDS, FINAL_ROUNDS = 12, 4
+ROUNDS, FINAL_ROUNDS = 12, 4  # at most
+SETTLED = 3e-4  # a step below this is the last of its kind: shares of a scale, radians
 LEAST_RAY_NOISE, LEAST_DEPTH_NOISE = 5e-4, 1e-3  # half precision's: radians, and share of the depth
 KERNEL = 3.0  # residuals beyond so many deviations hardly count
-MOST_RAY_ERROR = 0.06  # radians: a pair whose median error is larger than this and than MOST_TIMES the scene's is wrong
+MOST_RAY_ERROR = 0.1  # radians: a pair whose median error is larger than this and than MOST_TIMES the scene's is wrong
 MOST_DEPTH_ERROR = 0.15  # the same for its log-depths' disagreement with the other pairs'
 MOST_TIMES = 5.0
 BLOCK = 512  # pairs whose derivatives are held at once
@@ -51,7 +52,8 @@ def solve(sketches, rays, state, ray_error_i, free_poses):
         ray_error_i: ``(P,)`` median distance of view i's points from their own rays, radians.
         free_poses: whether the poses are refined too.
     """
-    for step in range(ROUNDS + FINAL_ROUNDS):
+    step, change = 0, np.inf
+    while step < ROUNDS + FINAL_ROUNDS:
         residuals = _residuals(sketches, rays, state)
         predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
         by_median = step < ROUNDS // 2 or step == ROUNDS
@@ -61,7 +63,9 @@ def solve(sketches, rays, state, ray_error_i, free_poses):
         if step >= ROUNDS:
             state.rejected = reject(state, ray_error_i)
             trust[list(state.rejected)] = 0
-        _gauss_newton(sketches, rays, state, trust, free_poses)
+        change = _gauss_newton(sketches, rays, state, residuals, trust, free_poses)
+        settled = change < SETTLED and step % ROUNDS > 2
+        step = ROUNDS if settled and step < ROUNDS else ROUNDS + FINAL_ROUNDS if settled else step + 1
     residuals = _residuals(sketches, rays, state)
     predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
     state.log_depth = consensus(sketches.pairs, predicted, weight, state, False)
@@ -100,7 +104,7 @@ def consensus(pairs, predicted, weight, state, by_median):
     images = np.concatenate([pairs[:, 0], pairs[:, 1]])
     count = len(state.poses)
     if by_median:
-        agreed = np.full((count, predicted.shape[1]), np.nan)
+        agreed = np.full((count, predicted.shape[1]), np.nan, np.float32)
         order = np.argsort(images, kind="stable")
         starts = np.searchsorted(images[order], np.arange(count + 1))
         for k in np.flatnonzero(np.diff(starts)):
@@ -110,7 +114,7 @@ def consensus(pairs, predicted, weight, state, by_median):
     with np.errstate(invalid="ignore"):
         off = (predicted - state.log_depth[images]) / max(state.depth_noise, LEAST_DEPTH_NOISE)
     weight = np.where(np.isfinite(off), weight * kernel(off), 0)
-    gather = sparse.csr_array((np.ones(len(images)), (images, np.arange(len(images)))), (count, len(images)))
+    gather = sparse.csr_array((np.ones(len(images), np.float32), (images, np.arange(len(images)))), (count, len(images)))
     total = gather @ weight
     with np.errstate(invalid="ignore"):
         agreed = gather @ (weight * np.where(weight > 0, predicted, 0)) / np.where(total > 0, total, np.nan)
@@ -135,29 +139,28 @@ def kernel(deviations):
 
 
 def _residuals(sketches, rays, state):
-    """View j's points in camera j: off the ray ``(P, M, 2)``, log-depth ``(P, M)``, whether in front ``(P, M)``."""
+    """View j's points in camera j: off the ray ``(P, M, 2)``, depth ``(P, M)``, whether in front ``(P, M)``."""
     i, j = sketches.pairs.T
     relative = geometry.invert(state.poses[j]) @ state.poses[i]
     relative[:, :3, :3] *= np.exp(state.log_scale)[:, None, None]
-    points = sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2) + relative[:, None, :3, 3]
-    front = points[..., 2] > 1e-2 * np.linalg.norm(points, axis=-1)
-    z = np.where(front, points[..., 2], 1.0)
-    off = np.where(front[..., None], points[..., :2] / z[..., None] - rays[j], BEHIND)
-    return off, np.where(front, np.log(z), np.nan), front
+    points = geometry.transform_each(relative.astype(np.float32), sketches.points_j)
+    front = points[..., 2] > 1e-2 * np.sqrt((points**2).sum(-1))
+    z = np.where(front, points[..., 2], np.float32(1))
+    off = np.where(front[..., None], points[..., :2] / z[..., None] - rays[j], np.float32(BEHIND))
+    return off, z, front
 
 
 def _predictions(sketches, residuals, state, ray_error_i):
     """Log-depths that all pairs predict ``(2P, M)``, views i then views j, and their weights."""
-    off, log_z, front = residuals
-    depth = sketches.points_i[..., 2]
-    seen = (sketches.weight_i > 0) & (depth > 0)
-    own = np.where(seen, np.log(np.where(seen, depth, 1)) + state.log_scale[:, None], np.nan)
-    distance = np.linalg.norm(off, axis=-1)
+    off, z, front = residuals
+    own = sketches.log_depth_i + state.log_scale[:, None].astype(np.float32)
+    log_z = np.where(front, np.log(z), np.float32(np.nan))
+    distance = np.hypot(off[..., 0], off[..., 1])
     near = kernel(distance / _deviation(distance[front & (sketches.weight_j > 0)], LEAST_RAY_NOISE, 1.1774))
     sound = np.ones(len(own))
     sound[list(state.rejected) or ray_error_i > limit(ray_error_i, MOST_RAY_ERROR)] = 0
-    weight = np.concatenate([np.where(seen, sketches.weight_i, 0), np.where(front, sketches.weight_j * near, 0)])
-    return np.concatenate([own, log_z]), weight * np.concatenate([sound, sound])[:, None]
+    weight = np.concatenate([np.where(np.isfinite(own), sketches.weight_i, 0), np.where(front, sketches.weight_j * near, 0)])
+    return np.concatenate([own, log_z]), weight * np.tile(sound, 2)[:, None].astype(np.float32)
 
 
 def _measure(sketches, residuals, predicted, state):
@@ -165,7 +168,7 @@ def _measure(sketches, residuals, predicted, state):
     off, _, front = residuals
     i, j = sketches.pairs.T
     has_j = sketches.weight_j > 0
-    distance = np.linalg.norm(off, axis=-1)
+    distance = np.hypot(off[..., 0], off[..., 1])
     state.ray_error = row_median(distance, has_j)
     disagreement = np.abs(predicted - state.log_depth[np.concatenate([i, j])])
     count = len(i)
@@ -187,12 +190,12 @@ def _trust(state, ray_error_i):
     return trust
 
 
-def _gauss_newton(sketches, rays, state, trust, free_poses):
-    """One step; the log-scale of each pair is eliminated (Schur complement) and found last."""
+def _gauss_newton(sketches, rays, state, residuals, trust, free_poses):
+    """One step, and its size; the log-scale of each pair is eliminated (Schur complement) and found last."""
     i, j = sketches.pairs.T
     count = len(state.poses)
     width = 7 if free_poses else 1  # an image's unknowns: (rotation, translation,) log-depth shift
-    blocks = [_normal(sketches.select(part), rays, state, trust[part], part, free_poses)
+    blocks = [_normal(sketches.select(part), rays, state, [r[part] for r in residuals], trust[part], part, free_poses)
               for part in (slice(k, k + BLOCK) for k in range(0, len(i), BLOCK))]  # fmt: skip
     hessian, gradient, cross, own, own_gradient = (np.concatenate(column) for column in zip(*blocks))
     own = np.maximum(own, 1e-9)
@@ -208,9 +211,10 @@ def _gauss_newton(sketches, rays, state, trust, free_poses):
     step = splu((matrix.tocsc() + sparse.diags_array(damping)).tocsc()).solve(-right).reshape(count, width)
     change = -(own_gradient + (cross * step[sketches.pairs].reshape(len(i), -1)).sum(1)) / own
     state.log_scale = state.log_scale + np.clip(change, -1, 1)
-    state.log_depth = state.log_depth + np.clip(step[:, -1:], -1, 1)
+    state.log_depth = state.log_depth + np.clip(step[:, -1:], -1, 1).astype(np.float32)
     if free_poses:
         state.poses = moved(state.poses, step[:, :6])
+    return max(np.abs(change).max(), np.abs(step).max())
 
 
 def moved(poses, steps):
@@ -222,47 +226,56 @@ def moved(poses, steps):
     return poses @ geometry.invert(motion)
 
 
-def _normal(sketches, rays, state, trust, part, free_poses):
-    """Normal equations of a block of pairs, in their images' unknowns ``(B, 2w, 2w)`` and their own log-scale."""
+def _normal(sketches, rays, state, residuals, trust, part, free_poses):
+    """Normal equations of a block of pairs: in their images' unknowns ``(B, 2w, 2w)``, and their own log-scales."""
     i, j = sketches.pairs.T
+    off, z, front = residuals
     relative = geometry.invert(state.poses[j]) @ state.poses[i]
-    turned = np.exp(state.log_scale[part])[:, None, None] * (sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2))
-    points = turned + relative[:, None, :3, 3]
-    front = points[..., 2] > 1e-2 * np.linalg.norm(points, axis=-1)
-    depth = np.where(front, points[..., 2], 1.0)
-    x, y = points[..., 0] / depth, points[..., 1] / depth
-    off_x, off_y = x - rays[j, :, 0], y - rays[j, :, 1]
-    off_depth = np.log(depth) - state.log_depth[j]
-    own_depth = sketches.points_i[..., 2]
-    own_seen = (sketches.weight_i > 0) & (own_depth > 0)
-    off_own = np.log(np.where(own_seen, own_depth, 1)) + state.log_scale[part][:, None] - state.log_depth[i]
-    weight_j = np.where(front, sketches.weight_j, 0) * trust[:, None]
-    on_ray = weight_j * kernel(np.hypot(off_x, off_y) / state.ray_noise) / state.ray_noise**2
-    weight = np.stack([
-        on_ray, on_ray,
-        _known(weight_j * kernel(off_depth / state.depth_noise) / state.depth_noise**2),
-        _known(np.where(own_seen, sketches.weight_i, 0) * trust[:, None]
-               * kernel(off_own / state.depth_noise) / state.depth_noise**2),
-    ], axis=1)  # fmt: skip
-    residual = np.stack([off_x, off_y, np.nan_to_num(off_depth), np.nan_to_num(off_own)], axis=1)
-    zero, one = np.zeros_like(x), np.ones_like(x)
-    by_scale = np.stack([(turned[..., 0] - x * turned[..., 2]) / depth, (turned[..., 1] - y * turned[..., 2]) / depth,
-                         turned[..., 2] / depth, one], axis=1)  # fmt: skip
-    columns = [by_scale, _rows(zero, zero, zero, -one), _rows(zero, zero, -one, zero)]
-    if free_poses:
-        columns += [
-            _rows(-x * y, -1 - y * y, y, zero), _rows(1 + x * x, x * y, -x, zero), _rows(-y, x, zero, zero),
-            _rows(1 / depth, zero, zero, zero), _rows(zero, 1 / depth, zero, zero),
-            _rows(-x / depth, -y / depth, 1 / depth, zero),
-        ]  # fmt: skip
-    slopes = np.stack(columns, axis=1).reshape(len(i), len(columns), -1)
-    weighted = slopes * weight.reshape(len(i), 1, -1)
-    normal = weighted @ np.swapaxes(slopes, 1, 2)
-    gradient = (weighted @ residual.reshape(len(i), -1, 1))[..., 0]
+    # Residuals and derivatives are at the depth that the images agree on, not at the pair's own: its noise would be in
+    # both factors of the gradient, which makes scales and motions come out too small.
+    agreed = np.isfinite(state.log_depth[j])
+    depth = np.where(agreed, np.exp(np.where(agreed, state.log_depth[j], 0)), z)
+    residual = np.stack([off[..., 0] * z / depth, off[..., 1] * z / depth, np.log(z / depth)], axis=1)
+    off_own = sketches.log_depth_i + state.log_scale[part, None].astype(np.float32) - state.log_depth[i]
+    trust = trust.astype(np.float32)[:, None]
+    weight_j = np.where(front, sketches.weight_j, 0) * trust
+    weight = np.empty_like(residual)
+    weight[:, 0] = weight_j * kernel(np.hypot(residual[:, 0], residual[:, 1]) / state.ray_noise) / state.ray_noise**2
+    weight[:, 1] = weight[:, 0]
+    weight[:, 2] = np.where(agreed, weight_j * kernel(residual[:, 2] / state.depth_noise), 0) / state.depth_noise**2
+    weight_own = np.nan_to_num(sketches.weight_i * trust * kernel(off_own / state.depth_noise)) / state.depth_noise**2
+    slopes = _slopes(rays[j], depth, relative, free_poses)
+    weighted = (slopes * weight[:, None]).reshape(*slopes.shape[:2], -1)
+    # The pair's unknowns: its log-scale, the shifts of i and j, and the relative motion.
+    rest = np.array([0, *range(2, slopes.shape[1] + 1)])
+    normal = np.zeros((len(i), len(rest) + 1, len(rest) + 1))
+    gradient = np.zeros((len(i), len(rest) + 1))
+    normal[:, rest[:, None], rest] = weighted @ np.swapaxes(slopes.reshape(weighted.shape), 1, 2)
+    gradient[:, rest] = (weighted @ residual.reshape(len(i), -1, 1))[..., 0]
+    own, own_gradient = weight_own.sum(1), (weight_own * np.nan_to_num(off_own)).sum(1)
+    normal[:, :2, :2] += own[:, None, None] * np.array([[1, -1], [-1, 1]])
+    gradient[:, :2] += own_gradient[:, None] * np.array([1, -1])
     spread = _spread(relative, free_poses)
     hessian = spread @ normal[:, 1:, 1:] @ np.swapaxes(spread, 1, 2)
     cross = (spread @ normal[:, 1:, :1])[..., 0]
     return hessian, (spread @ gradient[:, 1:, None])[..., 0], cross, normal[:, 0, 0], gradient[:, 0]
+
+
+def _slopes(rays, depth, relative, free_poses):
+    """Derivatives ``(B, 2 + 6, 3, M)`` of view j's residuals by log-scale, shift of j, rotation and translation."""
+    x, y = rays[..., 0], rays[..., 1]
+    inverse = 1 / depth
+    motion_x, motion_y, motion_z = (relative[:, k, 3, None].astype(np.float32) * inverse for k in range(3))
+    slopes = np.zeros((len(x), 8 if free_poses else 2, 3, x.shape[1]), np.float32)
+    slopes[:, 0, 0], slopes[:, 0, 1], slopes[:, 0, 2] = x * motion_z - motion_x, y * motion_z - motion_y, 1 - motion_z
+    slopes[:, 1, 2] = -1
+    if free_poses:
+        slopes[:, 2, 0], slopes[:, 2, 1], slopes[:, 2, 2] = -x * y, -1 - y * y, y
+        slopes[:, 3, 0], slopes[:, 3, 1], slopes[:, 3, 2] = 1 + x * x, x * y, -x
+        slopes[:, 4, 0], slopes[:, 4, 1] = -y, x
+        slopes[:, 5, 0] = slopes[:, 6, 1] = slopes[:, 7, 2] = inverse
+        slopes[:, 7, 0], slopes[:, 7, 1] = -x * inverse, -y * inverse
+    return slopes
 
 
 def _spread(relative, free_poses):
@@ -285,20 +298,13 @@ def _spread(relative, free_poses):
     return spread
 
 
-def _rows(*parts):
-    return np.stack(parts, axis=1)
-
-
-def _known(weight):
-    return np.where(np.isfinite(weight), weight, 0)
-
-
 def _median(values):
     return float(np.median(values)) if len(values) else 0.0
 
 
 def _deviation(sizes, least, median_of_unit):
     """Deviation behind the sizes of residuals, by their median; gross ones are left out, as they raise that too."""
+    sizes = sizes[:: max(1, len(sizes) // 20000)]
     deviation = np.inf
     for _ in range(4):
         deviation = max(_median(sizes[sizes < KERNEL * deviation]) / median_of_unit, least)

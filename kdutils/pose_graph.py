@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 
 from kdutils import geometry, registration
 from kdutils.joint import State, kernel, moved, row_median
-from kdutils.starting_point import log_depth_of_view_i, shapes
+from kdutils.starting_point import shapes
 
 MOST_DISAGREEMENT = np.radians(10)  # rotations of pairs that confirm each other differ by less
 RESECTION_ROUNDS, AVERAGING_ROUNDS = 10, 20
@@ -32,7 +32,7 @@ def from_unknown_poses(sketches, rays, usable, count):
         The ``State``, and how far the tree alone had drifted from it: its rotations ``(N,)`` in degrees.
     """
     i, j = sketches.pairs.T
-    own = log_depth_of_view_i(sketches)
+    own = sketches.log_depth_i
     shape, _ = shapes(own, i, usable, count)
     relative = resect(sketches, rays[j], shape[j])
     seen_j = geometry.transform_each(relative, sketches.points_j)[..., 2]
@@ -53,7 +53,7 @@ def from_unknown_poses(sketches, rays, usable, count):
     poses[:, :3, :3] = np.swapaxes(rotations, 1, 2)
     poses[:, :3, 3] = average(sketches.pairs, between, trust, count)
     drift = np.degrees(rotation_angles(np.swapaxes(rotations, 1, 2) @ tree))
-    return State(poses, log_scale, shape + log_unit[:, None]), drift
+    return State(poses, log_scale, (shape + log_unit[:, None]).astype(np.float32)), drift
 
 
 def resect(sketches, rays_j, log_depth_j):

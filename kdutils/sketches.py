@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-PIXELS = 360  # a sketch's pixels a view, at most: smooth errors have far fewer degrees of freedom
+PIXELS = 768  # a sketch's pixels a view, at most: smooth errors have far fewer degrees of freedom
 LEAST_PIXELS = 8  # confident pixels of a sketch's view, below which nothing can be concluded from it
 
 
@@ -28,6 +28,13 @@ class Sketches:
     def __len__(self):
         return len(self.pairs)
 
+    @property
+    def log_depth_i(self):
+        """Logarithm ``(P, M)`` of view i's depths; NaN where nothing is known."""
+        depth = self.points_i[..., 2]
+        seen = (self.weight_i > 0) & (depth > 0)
+        return np.where(seen, np.log(np.where(seen, depth, 1)), np.float32(np.nan))
+
     def silence(self):
         """Take the weight of pairs that say too little of view 1 to be of use; their reasons."""
         silent = (self.weight_i > 0).sum(1) < min(LEAST_PIXELS, self.weight_i.shape[1])
@@ -40,9 +47,9 @@ class Sketches:
         return replace(self, **{name: getattr(self, name)[which] for name in names})
 
 
-def usable_weight(points, confidence):
-    """Log-confidences ``(..., H, W)``: 0, no information, where confidence is 1 or anything is not finite."""
-    sound = np.isfinite(confidence) & (confidence > 1) & np.isfinite(points).all(-1)
+def log_confidence(confidence):
+    """What a prediction weighs: 0, no information, at confidence 1, the least, and where it is not finite."""
+    sound = (confidence > 1) & (confidence < np.inf)
     return np.log(confidence, out=np.zeros(confidence.shape, np.float32), where=sound)
 
 
@@ -104,7 +111,8 @@ def _sample(shard, size):
 
     columns = [np.asarray(shard.pairs)]
     points = [sampled(p, 3) for p in (shard.points_i, shard.points_j)]
-    weights = [usable_weight(p, sampled(c)) for p, c in zip(points, (shard.confidence_i, shard.confidence_j))]
+    weights = [np.where(np.isfinite(p).all(-1), log_confidence(sampled(c)), np.float32(0))
+               for p, c in zip(points, (shard.confidence_i, shard.confidence_j))]  # fmt: skip
     columns += [np.where(w[..., None] > 0, p, 0) for p, w in zip(points, weights)]
     return columns + weights
 

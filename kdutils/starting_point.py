@@ -20,12 +20,14 @@ def focals(sketches, count):
     seen = (sketches.weight_i > 0) & (depth > 0)
     slope = np.where(seen[..., None], sketches.points_i[..., :2] / np.where(seen, depth, 1)[..., None], 0)
     weight = np.where(seen, sketches.weight_i, 0)
-    focal = np.full(len(sketches), float(max(sketches.size)))
+    # The inverse is solved for: pixels are exact and points are noisy, and a regression on what is noisy comes out small.
+    inverse = np.full(len(sketches), 1.0 / max(sketches.size))
     for _ in range(12):
-        distance = np.linalg.norm(offset - focal[:, None, None] * slope, axis=-1)
-        robust = weight / np.maximum(distance, 0.01)
-        product, square = ((robust[..., None] * slope * a).sum((1, 2)) for a in (offset, slope))
-        focal = product / np.maximum(square, 1e-12)
+        distance = np.linalg.norm(slope - inverse[:, None, None] * offset, axis=-1)
+        robust = weight / np.maximum(distance, 1e-4)
+        product = (robust[..., None] * slope * offset).sum((1, 2))
+        inverse = product / np.maximum((robust * (offset**2).sum(-1)).sum(1), 1e-12)
+    focal = 1 / np.where(inverse > 0, inverse, np.inf)
     error = row_median(np.linalg.norm(offset - focal[:, None, None] * slope, axis=-1), seen)
     sound = (focal > 0.1 * max(sketches.size)) & (focal < 20 * max(sketches.size)) & np.isfinite(error)
     trust = np.where(sound, 1 / (np.nan_to_num(error) + 0.2) ** 2, 0)
@@ -50,13 +52,13 @@ def weighted_median(values, weights):
 def pixel_slopes(intrinsics, pixels):
     """x/z and y/z ``(N, M, 2)`` of the rays through pixels ``(M, 2)`` for intrinsics ``(N, 3, 3)``."""
     uv1 = np.concatenate([pixels, np.ones((len(pixels), 1))], axis=1)
-    return (uv1 @ np.swapaxes(np.linalg.inv(intrinsics), 1, 2))[..., :2]
+    return (uv1 @ np.swapaxes(np.linalg.inv(intrinsics), 1, 2))[..., :2].astype(np.float32)
 
 
 def error_of_view_i(sketches, rays):
     """Median distance ``(P,)``, in radians, of view i's points from their own pixels' rays; NaN without points."""
     points, seen = sketches.points_i, sketches.weight_i > 0
-    own = np.concatenate([rays, np.ones((*rays.shape[:2], 1))], axis=-1)[sketches.pairs[:, 0]]
+    own = np.concatenate([rays, np.ones_like(rays[..., :1])], axis=-1)[sketches.pairs[:, 0]]
     length = np.linalg.norm(points, axis=-1) * np.linalg.norm(own, axis=-1)
     cosine = (points * own).sum(-1) / np.where(length > 0, length, 1)
     sine = np.linalg.norm(np.cross(points, own), axis=-1) / np.where(length > 0, length, 1)
@@ -76,20 +78,13 @@ def shapes(log_depths, images, usable, count):
     """
     middle = row_median(log_depths, np.isfinite(log_depths))
     around = log_depths - middle[:, None]
-    shape = np.full((count, log_depths.shape[1]), np.nan)
+    shape = np.full((count, log_depths.shape[1]), np.nan, np.float32)
     for k, mine in enumerate(members(images, count)):
         mine = mine[usable[mine]]
         if len(mine):
             shape[k] = row_median(around[mine].T, np.isfinite(around[mine]).T)
     off = log_depths - shape[images]
     return shape, row_median(off, np.isfinite(off))
-
-
-def log_depth_of_view_i(sketches):
-    """``(P, M)``, in the sketches' units; NaN where nothing is known."""
-    depth = sketches.points_i[..., 2]
-    seen = (sketches.weight_i > 0) & (depth > 0)
-    return np.where(seen, np.log(np.where(seen, depth, 1), dtype=np.float64), np.nan)
 
 
 def from_known_poses(sketches, rays, poses, usable):
@@ -101,13 +96,14 @@ def from_known_poses(sketches, rays, poses, usable):
     """
     i, j = sketches.pairs.T
     count = len(poses)
-    shape, offset = shapes(log_depth_of_view_i(sketches), i, usable, count)
+    shape, offset = shapes(sketches.log_depth_i, i, usable, count)
     relative = geometry.invert(poses[j]) @ poses[i]
-    turned = sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2)
+    turned = sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2).astype(np.float32)
     distance = np.maximum(np.linalg.norm(turned, axis=-1), 1e-9)[..., None]
     across = (turned[..., :2] - rays[j] * turned[..., 2:]) / distance
+    relative = relative.astype(np.float32)
     motion = (relative[:, None, :2, 3] - rays[j] * relative[:, None, 2:3, 3]) / distance
-    weight = np.array(sketches.weight_j, np.float64)
+    weight = sketches.weight_j
     for _ in range(8):
         square = (weight[..., None] * motion**2).sum((1, 2))
         inverse = -(weight[..., None] * across * motion).sum((1, 2)) / np.maximum(square, 1e-30)
@@ -119,4 +115,4 @@ def from_known_poses(sketches, rays, poses, usable):
     each = np.array([weighted_median(per_image_unit[m], trust[m]) for m in members(i, count)])
     each = np.where(each > 0.1 * overall, each, overall) if overall > 0 else np.ones(count)
     log_scale = -np.log(each)
-    return State(np.array(poses), log_scale[i] - np.nan_to_num(offset), shape + log_scale[:, None])
+    return State(np.array(poses), log_scale[i] - np.nan_to_num(offset), shape + log_scale[:, None].astype(np.float32))

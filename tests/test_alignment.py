@@ -70,7 +70,7 @@ def test_box_room_comes_back(world):
     assert_allclose(aligned.confidence, 3, rtol=1e-5)
     assert_array_equal(aligned.poses, world.poses)
     assert aligned.report["valid_share"] == 1 and aligned.report["images_without_labels"] == []
-    assert aligned.report["pair_scale_spread_median"] < 1e-6
+    assert aligned.report["residual_median"] < 1e-6
 
 
 @settings(max_examples=15)
@@ -181,7 +181,7 @@ def test_two_percent_of_noise_leaves_the_scales_right(step):
     assert_allclose(np.median(aligned.pair_scales / said.scales), 1, atol=0.01)
     error = np.abs(aligned.depth / world.depth - 1)
     assert np.median(error) < 0.01  # less than each prediction's 0.013, because several are fused
-    assert aligned.report["pair_scale_spread_median"] < 0.05
+    assert aligned.report["residual_median"] < 0.05
 
 
 def test_more_noise_is_a_larger_error(world):
