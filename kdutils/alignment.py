@@ -73,9 +73,10 @@ class _Chunks:
 def align_shards(shards, intrinsics=None, poses=None, progress=None, world_poses=None):
     """Align pair predictions that stream from disk; memory grows with images, not pairs.
 
-    With ``poses`` they are taken as they are. Without, they are estimated; the result is in the world of
-    ``world_poses``, by one similarity, or, if these tell none, in a world of its own: the y axis down along gravity, the
-    first camera at the origin, and in a unit in which the pairs' scales have the geometric mean 1.
+    Given ``poses`` are held. Without, poses are estimated; the result is in the world of ``world_poses``, by one
+    similarity, or, if these tell none, in a world of its own: the y axis down along gravity, the first camera at the
+    origin, and in a unit in which the pairs' scales have the geometric mean 1. A pair graph in pieces then is as many
+    worlds: those that the world poses reach are the result, or the largest, and the report names the others.
 
     Args:
         shards: re-iterable of ``PairPointmaps``; read twice.

@@ -52,17 +52,11 @@ class Fusion:
         self._add(j, relative, points_j, confidence_j)
 
     def _add(self, image, transform, points, confidence):
-        x, y, z = (points.reshape(-1, 3) @ transform[:3, :3].T.astype(np.float32)).T.reshape(3, *confidence.shape)
-        x, y, z = (a + b for a, b in zip((x, y, z), transform[:3, 3].astype(np.float32)))
+        depth, off = self._depth_and_error(image, transform.astype(np.float32), points)
         weight = log_confidence(confidence)
-        front = (weight > 0) & (z > 0) & (z < np.inf)
-        z = np.where(front, z, np.float32(1))
-        (a, b, c), (d, e, f), _ = self.to_rays[image]
-        off = (x / z - (a * self.u + b * self.v + c)) ** 2 + (y / z - (d * self.u + e * self.v + f)) ** 2
-        front &= np.isfinite(off)
-        weight = np.where(front, weight / (1 + off / np.float32((3 * self.ray_noise) ** 2)) ** 2, np.float32(0))
+        weight = np.where(off < np.inf, weight / (1 + off) ** 2, np.float32(0))
         waiting = self.waiting.setdefault(image, _Waiting())
-        waiting.depths.append(z)
+        waiting.depths.append(depth)
         waiting.weights.append(weight)
         waiting.count += 1
         if waiting.count == self.expected[image]:
@@ -72,6 +66,20 @@ class Fusion:
         elif len(waiting.depths) == MOST_WAITING:
             waiting.reduce(self.noise)
 
+    @np.errstate(invalid="ignore", over="ignore")  # of points that are not finite
+    def _depth_and_error(self, image, transform, points):
+        """Depth ``(H, W)`` of points in the image's camera, and their distance from the rays, squared, in deviations.
+
+        The distance is infinite, and the depth 1, where a point is not finite or not in front of the camera.
+        """
+        x, y, z = (points.reshape(-1, 3) @ transform[:3, :3].T).T.reshape(3, *points.shape[:2])
+        x, y, z = (a + b for a, b in zip((x, y, z), transform[:3, 3]))
+        front = (z > 0) & (z < np.inf)
+        z = np.where(front, z, np.float32(1))
+        (a, b, c), (d, e, f), _ = self.to_rays[image]
+        off = (x / z - (a * self.u + b * self.v + c)) ** 2 + (y / z - (d * self.u + e * self.v + f)) ** 2
+        return z, np.where(front & np.isfinite(off), off / np.float32((3 * self.ray_noise) ** 2), np.float32(np.inf))
+
     def finish(self):
         """Wait for the images still being worked on."""
         with self.finisher:
@@ -80,7 +88,7 @@ class Fusion:
 
     def _finish(self, image, waiting):
         waiting.reduce(self.noise)
-        self.depth[image] = waiting.depths[0]
+        self.depth[image] = np.where(waiting.weights[0] > 0, waiting.depths[0], 0)
         self.confidence[image] = np.exp(waiting.weights[0] / waiting.count)
         clear = (waiting.agreeing > waiting.total / 2) | (waiting.votes >= LEAST_AGREEING)
         self.valid[image] = clear & (self.confidence[image] > 1) & (self.depth[image] > 0)
@@ -112,6 +120,8 @@ def robust_mean(depths, weights, noise):
 
     Args:
         noise: deviation of a depth, as a share of it.
+
+    Where nothing has weight the mean is 1.
     """
     logs = np.log(depths)
     support = weights.copy()
@@ -129,8 +139,8 @@ def robust_mean(depths, weights, noise):
     support[weights == 0] = 0
     centre = np.take_along_axis(depths, support.argmax(0)[None], 0)[0]
     for width in WIDTHS:
-        off = ((depths / centre - 1) / np.float32(width * noise)) ** 2
-        robust = weights / (1 + off**4)
+        off = np.minimum(np.abs(depths / centre - 1) / np.float32(width * noise), 30) ** 2
+        robust = np.where(off < 4, weights / (1 + off**4), 0)
         total = robust.sum(0)
         centre = np.where(total > 0, (robust * depths).sum(0) / np.where(total > 0, total, 1), centre)
-    return np.where(total > 0, centre, 0), off < 1
+    return np.where(total > 0, centre, 1), off < 1

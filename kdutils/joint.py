@@ -88,7 +88,7 @@ def reject(state, ray_error_i):
 
 
 def limit(error, least):
-    """The largest error ``(P,)`` that a pair may have: ``least``, or several times the scene's median if that is more."""
+    """The largest of the errors ``(P,)`` to accept: ``least``, or several times the scene's median if that is more."""
     return max(least, MOST_TIMES * _median(error[np.isfinite(error)]))
 
 
@@ -114,7 +114,8 @@ def consensus(pairs, predicted, weight, state, by_median):
     with np.errstate(invalid="ignore"):
         off = (predicted - state.log_depth[images]) / max(state.depth_noise, LEAST_DEPTH_NOISE)
     weight = np.where(np.isfinite(off), weight * kernel(off), 0)
-    gather = sparse.csr_array((np.ones(len(images), np.float32), (images, np.arange(len(images)))), (count, len(images)))
+    ones = np.ones(len(images), np.float32)
+    gather = sparse.csr_array((ones, (images, np.arange(len(images)))), (count, len(images)))
     total = gather @ weight
     with np.errstate(invalid="ignore"):
         agreed = gather @ (weight * np.where(weight > 0, predicted, 0)) / np.where(total > 0, total, np.nan)
@@ -122,7 +123,7 @@ def consensus(pairs, predicted, weight, state, by_median):
 
 
 def scale_evidence(sketches, rays, state):
-    """What each pair's rays tell of its scale ``(P,)``: 1 over the variance of its logarithm, from parallax and noise."""
+    """What each pair's rays tell of its scale ``(P,)``: 1 over its logarithm's variance, by parallax and noise."""
     i, j = sketches.pairs.T
     points = geometry.invert(state.poses[j]) @ state.poses[i]
     motion = points[:, None, :2, 3] - rays[j] * points[:, None, 2:3, 3]
@@ -135,7 +136,7 @@ def scale_evidence(sketches, rays, state):
 
 def kernel(deviations):
     """Weight of a residual in units of its deviation (Geman and McClure): gross ones lose all theirs."""
-    return 1 / (1 + (deviations / KERNEL) ** 2) ** 2
+    return 1 / (1 + np.clip(deviations / KERNEL, -1e3, 1e3) ** 2) ** 2
 
 
 def _residuals(sketches, rays, state):
@@ -159,8 +160,8 @@ def _predictions(sketches, residuals, state, ray_error_i):
     near = kernel(distance / _deviation(distance[front & (sketches.weight_j > 0)], LEAST_RAY_NOISE, 1.1774))
     sound = np.ones(len(own))
     sound[list(state.rejected) or ray_error_i > limit(ray_error_i, MOST_RAY_ERROR)] = 0
-    weight = np.concatenate([np.where(np.isfinite(own), sketches.weight_i, 0), np.where(front, sketches.weight_j * near, 0)])
-    return np.concatenate([own, log_z]), weight * np.tile(sound, 2)[:, None].astype(np.float32)
+    weights = [np.where(np.isfinite(own), sketches.weight_i, 0), np.where(front, sketches.weight_j * near, 0)]
+    return np.concatenate([own, log_z]), np.concatenate(weights) * np.tile(sound, 2)[:, None].astype(np.float32)
 
 
 def _measure(sketches, residuals, predicted, state):

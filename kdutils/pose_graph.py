@@ -234,7 +234,7 @@ def upright(poses):
     """
     right, down = poses[:, :3, 0], poses[:, :3, 1].mean(0)
     down = down / max(np.linalg.norm(down), 1e-12)
-    level = right.T @ right / len(right) + 0.1 * (np.eye(3) - np.outer(down, down))
+    level = right.T @ right / len(right) + 0.01 * (np.eye(3) - np.outer(down, down))
     gravity = np.linalg.eigh(level)[1][:, 0]
     gravity = gravity if gravity @ down >= 0 else -gravity
     ahead = poses[0, :3, 2] - gravity * (poses[0, :3, 2] @ gravity)

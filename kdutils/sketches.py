@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 PIXELS = 768  # a sketch's pixels a view, at most: smooth errors have far fewer degrees of freedom
+HUGE = 1e12  # coordinates that float32 can no longer square count as not finite, like NaN, for which < is false
+NEAREST, FARTHEST = 0.02, 1e4  # median distances; points nearer or farther say nothing
 LEAST_PIXELS = 8  # confident pixels of a sketch's view, below which nothing can be concluded from it
 
 
@@ -71,8 +73,12 @@ def sketch(shards):
         raise ValueError("no pairs to align")
     pairs, points_i, points_j, weight_i, weight_j = (np.concatenate(column) for column in zip(*parts))
     unit = _unit(points_i, weight_i)
-    divide = unit.astype(np.float32)[:, None, None]
-    return Sketches(pairs, points_i / divide, points_j / divide, weight_i, weight_j, unit, _pixels(size), size)
+    for points, weight in ((points_i, weight_i), (points_j, weight_j)):
+        points /= unit.astype(np.float32)[:, None, None]
+        reach = np.abs(points).max(-1)
+        odd = (reach < NEAREST) | (reach > FARTHEST)
+        points[odd], weight[odd] = 0, 0
+    return Sketches(pairs, points_i, points_j, weight_i, weight_j, unit, _pixels(size), size)
 
 
 def check_shapes(shard, size=None):
@@ -111,7 +117,7 @@ def _sample(shard, size):
 
     columns = [np.asarray(shard.pairs)]
     points = [sampled(p, 3) for p in (shard.points_i, shard.points_j)]
-    weights = [np.where(np.isfinite(p).all(-1), log_confidence(sampled(c)), np.float32(0))
+    weights = [np.where(np.abs(p).max(-1) < HUGE, log_confidence(sampled(c)), np.float32(0))
                for p, c in zip(points, (shard.confidence_i, shard.confidence_j))]  # fmt: skip
     columns += [np.where(w[..., None] > 0, p, 0) for p, w in zip(points, weights)]
     return columns + weights

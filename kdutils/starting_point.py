@@ -20,7 +20,7 @@ def focals(sketches, count):
     seen = (sketches.weight_i > 0) & (depth > 0)
     slope = np.where(seen[..., None], sketches.points_i[..., :2] / np.where(seen, depth, 1)[..., None], 0)
     weight = np.where(seen, sketches.weight_i, 0)
-    # The inverse is solved for: pixels are exact and points are noisy, and a regression on what is noisy comes out small.
+    # The inverse is solved for: pixels are exact, points are noisy, and a regression on what is noisy comes out small.
     inverse = np.full(len(sketches), 1.0 / max(sketches.size))
     for _ in range(12):
         distance = np.linalg.norm(slope - inverse[:, None, None] * offset, axis=-1)
@@ -99,7 +99,7 @@ def from_known_poses(sketches, rays, poses, usable):
     shape, offset = shapes(sketches.log_depth_i, i, usable, count)
     relative = geometry.invert(poses[j]) @ poses[i]
     turned = sketches.points_j @ np.swapaxes(relative[:, :3, :3], 1, 2).astype(np.float32)
-    distance = np.maximum(np.linalg.norm(turned, axis=-1), 1e-9)[..., None]
+    distance = np.maximum(np.linalg.norm(turned, axis=-1), 0.1)[..., None]  # of a median distance of 1
     across = (turned[..., :2] - rays[j] * turned[..., 2:]) / distance
     relative = relative.astype(np.float32)
     motion = (relative[:, None, :2, 3] - rays[j] * relative[:, None, 2:3, 3]) / distance

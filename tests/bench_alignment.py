@@ -12,16 +12,17 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
-
 import numpy as np
 import torch
-from alignment_problems import Scene, errors, problem, smooth_field
-from conftest import box_world
 from scipy.spatial.transform import Rotation
 
-from kdutils import alignment, geometry, pairs, pose_graph, registration, scenes, sketches, starting_point
-from kdutils.teachers import PairPointmaps
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+
+from alignment_problems import Scene, errors, problem, smooth_field  # noqa: E402
+from conftest import box_world  # noqa: E402
+
+from kdutils import alignment, geometry, pairs, registration, scenes, sketches, starting_point  # noqa: E402
+from kdutils.teachers import PairPointmaps  # noqa: E402
 
 SIZE = (96, 128)
 
@@ -206,8 +207,9 @@ def scale(counts, known=True):
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         off = np.median(np.abs(aligned.depth / scene.depth / np.median(aligned.depth / scene.depth) - 1))
-        print(f"{count:6d} {len(shards.graph):7d} {seconds:8.1f} {made:16.1f} {1e6 * seconds / len(shards.graph):10.0f} "
-              f"{peak:8.2f} {1000 * off:6.2f}", flush=True)  # fmt: skip
+        each = 1e6 * seconds / len(shards.graph)
+        row = f"{count:6d} {len(shards.graph):7d} {seconds:8.1f} {made:16.1f} {each:10.0f} {peak:8.2f} {1e3 * off:6.2f}"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
