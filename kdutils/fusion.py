@@ -99,16 +99,18 @@ class _Waiting:
 
     def __init__(self):
         self.depths, self.weights, self.count = [], [], 0
-        self.total, self.agreeing, self.votes = np.float32(0), np.float32(0), np.float32(0)
+        self.reduced = False
+        self.total = self.agreeing = self.votes = None  # (H, W): weight of all, of those that agree, and their number
 
     def reduce(self, noise):
         depths, weights = np.stack(self.depths), np.stack(self.weights)
         votes = np.ones(depths.shape, np.float32)
-        if self.total is not np.float32(0) and np.ndim(self.total):
+        if self.reduced:
             votes[0] = self.votes
             self.total = self.total + weights[1:].sum(0)
         else:
             self.total = weights.sum(0)
+        self.reduced = True
         depth, inlier = robust_mean(depths, weights, noise)
         self.agreeing = (inlier * weights).sum(0)
         self.votes = (inlier * votes).sum(0)
@@ -143,4 +145,4 @@ def robust_mean(depths, weights, noise):
         robust = np.where(off < 4, weights / (1 + off**4), 0)
         total = robust.sum(0)
         centre = np.where(total > 0, (robust * depths).sum(0) / np.where(total > 0, total, 1), centre)
-    return np.where(total > 0, centre, 1), off < 1
+    return np.where(total > 0, centre, 1), (off < 1) & (weights > 0)

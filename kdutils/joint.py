@@ -52,26 +52,28 @@ def solve(sketches, rays, state, ray_error_i, free_poses):
         ray_error_i: ``(P,)`` median distance of view i's points from their own rays, radians.
         free_poses: whether the poses are refined too.
     """
-    step, change = 0, np.inf
-    while step < ROUNDS + FINAL_ROUNDS:
-        residuals = _residuals(sketches, rays, state)
-        predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
-        by_median = step < ROUNDS // 2 or step == ROUNDS
-        state.log_depth = consensus(sketches.pairs, predicted, weight, state, by_median)
-        _measure(sketches, residuals, predicted, state)
-        trust = _trust(state, ray_error_i)
-        if step >= ROUNDS:
-            state.rejected = reject(state, ray_error_i)
-            trust[list(state.rejected)] = 0
-        change = _gauss_newton(sketches, rays, state, residuals, trust, free_poses)
-        settled = change < SETTLED and step % ROUNDS > 2
-        step = ROUNDS if settled and step < ROUNDS else ROUNDS + FINAL_ROUNDS if settled else step + 1
-    residuals = _residuals(sketches, rays, state)
-    predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
-    state.log_depth = consensus(sketches.pairs, predicted, weight, state, False)
-    _measure(sketches, residuals, predicted, state)
+    for rounds, final in ((ROUNDS, False), (FINAL_ROUNDS, True)):
+        for step in range(rounds):
+            residuals = _agree(sketches, rays, state, ray_error_i, by_median=step < (1 if final else rounds // 2))
+            trust = _trust(state, ray_error_i)
+            if final:
+                state.rejected = reject(state, ray_error_i)
+                trust[list(state.rejected)] = 0
+            change = _gauss_newton(sketches, rays, state, residuals, trust, free_poses)
+            if change < SETTLED and step > 2:
+                break
+    _agree(sketches, rays, state, ray_error_i, by_median=False)
     state.rejected = reject(state, ray_error_i)
     return state
+
+
+def _agree(sketches, rays, state, ray_error_i, by_median):
+    """Refresh the depths that the images' predictions agree on, and how far the pairs are from them."""
+    residuals = _residuals(sketches, rays, state)
+    predicted, weight = _predictions(sketches, residuals, state, ray_error_i)
+    state.log_depth = consensus(sketches.pairs, predicted, weight, state, by_median)
+    _measure(sketches, residuals, predicted, state)
+    return residuals
 
 
 def reject(state, ray_error_i):
@@ -123,15 +125,19 @@ def consensus(pairs, predicted, weight, state, by_median):
 
 
 def scale_evidence(sketches, rays, state):
-    """What each pair's rays tell of its scale ``(P,)``: 1 over its logarithm's variance, by parallax and noise."""
+    """What each pair's rays alone tell of its scale: evidence ``(P,)`` and log-scale less the joint one's ``(P,)``.
+
+    Evidence is 1 over the logarithm's variance, by parallax and noise.
+    """
     i, j = sketches.pairs.T
-    points = geometry.invert(state.poses[j]) @ state.poses[i]
-    motion = points[:, None, :2, 3] - rays[j] * points[:, None, 2:3, 3]
-    points[:, :3, :3] *= np.exp(state.log_scale)[:, None, None]
-    depth = geometry.transform_each(points, sketches.points_j)[..., 2]
-    seen = (sketches.weight_j > 0) & (depth > 0)
-    parallax = np.where(seen, (motion**2).sum(-1) / np.where(seen, depth, 1) ** 2, 0)
-    return INDEPENDENT * parallax.sum(1) / np.maximum(seen.sum(1), 1) / state.ray_noise**2
+    relative = geometry.invert(state.poses[j]) @ state.poses[i]
+    off, depth, front = _residuals(sketches, rays, state)
+    parallax = (relative[:, None, :2, 3] - rays[j] * relative[:, None, 2:3, 3]) / depth[..., None]
+    seen = (sketches.weight_j > 0) & front
+    square = np.where(seen, (parallax**2).sum(-1), 0)
+    near = seen * kernel(np.hypot(off[..., 0], off[..., 1]) / state.ray_noise)
+    shift = (near * (parallax * off).sum(-1)).sum(1) / np.maximum((near * square).sum(1), 1e-30)
+    return INDEPENDENT * square.sum(1) / np.maximum(seen.sum(1), 1) / state.ray_noise**2, shift
 
 
 def kernel(deviations):
@@ -185,8 +191,8 @@ def _measure(sketches, residuals, predicted, state):
 def _trust(state, ray_error_i):
     """Soft weight ``(P,)`` of whole pairs, so that one which looks wrong at first can come back."""
     trust = np.ones(len(state.log_scale))
-    for error, least in ((ray_error_i, MOST_RAY_ERROR), (state.ray_error, MOST_RAY_ERROR),
-                         (state.depth_error, MOST_DEPTH_ERROR)):  # fmt: skip
+    rays, depths = MOST_RAY_ERROR, MOST_DEPTH_ERROR
+    for error, least in ((ray_error_i, rays), (state.ray_error, rays), (state.depth_error, depths)):
         trust *= 1 / (1 + (np.nan_to_num(error) / limit(error, least)) ** 4)
     return trust
 

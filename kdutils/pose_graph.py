@@ -79,6 +79,7 @@ def resect(sketches, rays_j, log_depth_j):
         fitted = registration.similarity(points, target, robust)
         error = np.linalg.norm(geometry.transform_each(fitted, points) - target, axis=-1)
         robust = weight / (0.02 + error / np.maximum(np.linalg.norm(target, axis=-1), 1e-6))
+    fitted[~(np.linalg.det(fitted) > 1e-15)] = np.eye(4)  # too few points, which the joint solution will not believe
     scale, rotation, translation = registration.decompose(fitted)
     motion = np.tile(np.eye(4), (len(points), 1, 1))
     motion[:, :3, :3] = rotation

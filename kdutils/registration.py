@@ -30,7 +30,8 @@ def similarity(source, target, weights=None, scaled=True):
     sign[..., 2] = np.where(np.linalg.det(u) * np.linalg.det(vt) < 0, -1, 1)
     rotation = (u * sign[..., None, :]) @ vt
     variance = (weights * (around_s**2).sum(-1)).sum(-1) / total[..., 0]
-    scale = (spread * sign).sum(-1) / np.maximum(variance, 1e-300) if scaled else np.ones(variance.shape)
+    extended = variance > 0  # one point, or none with weight, leaves the scale open: 1
+    scale = np.where(extended & scaled, (spread * sign).sum(-1) / np.where(extended, variance, 1), 1.0)
     return _matrix(scale, rotation, centre_t - scale[..., None] * (rotation @ centre_s[..., None])[..., 0])
 
 

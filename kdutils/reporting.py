@@ -34,13 +34,19 @@ def report(aligned, world, state, borrowed, drift):
         "ray_noise": float(state.ray_noise),
         "residual_median": float(np.median(residuals)) if used.any() else None,
         "residual_histogram": {"edges": list(EDGES), "pairs": np.histogram(residuals, [*EDGES, np.inf])[0].tolist()},
-        "drift": _drift(world, state, drift),
+        "drift": _drift(world, drift),
     }
 
 
-def _drift(world, state, drift):
-    """How far chains of pairs lead astray: signed errors along them, and the rotations the tree was off by."""
-    connected = world.piece >= 0
-    degrees = drift[connected] if drift is not None and connected.any() else None
-    return {"tree_degrees_median": float(np.median(degrees)) if degrees is not None else None,
-            "tree_degrees_max": float(degrees.max()) if degrees is not None else None}  # fmt: skip
+def _drift(world, tree_degrees):
+    """How far the images are from what is known of each alone: their scales by their own pairs' rays, and, where poses
+    were estimated, the rotations by which the spanning tree was off before the loops were closed."""
+    scale = np.abs(world.scale_drift())
+    degrees = np.full(1, np.nan) if tree_degrees is None else tree_degrees[world.piece >= 0]
+    return {"scale_median": _told(np.median, scale), "scale_max": _told(np.max, scale),
+            "tree_degrees_median": _told(np.median, degrees), "tree_degrees_max": _told(np.max, degrees)}  # fmt: skip
+
+
+def _told(statistic, values):
+    values = values[np.isfinite(values)]
+    return float(statistic(values)) if len(values) else None

@@ -43,7 +43,7 @@ class Worlds:
 
     def require_scale(self):
         """With known poses: pieces whose cameras hardly move have no scale, and their pairs are rejected."""
-        evidence = joint.scale_evidence(self.sketches, self.rays, self.state)
+        evidence, _ = joint.scale_evidence(self.sketches, self.rays, self.state)
         piece = self.piece[self.sketches.pairs[:, 0]]
         kept = np.isfinite(self.scales)
         told = np.bincount(piece[kept], evidence[kept], self.piece.max(initial=0) + 1)
@@ -52,6 +52,16 @@ class Worlds:
         self.rejected = dict(sorted((self.rejected | {int(p): STILL for p in np.flatnonzero(lost)}).items()))
         for image in np.flatnonzero((self.piece >= 0) & (told[self.piece] < 1 / MOST_SCALE_VARIANCE)):
             self.outside[int(image)] = STILL
+
+    def scale_drift(self):
+        """How far each image's scale is from what its pairs' rays alone tell, ``(N,)``; NaN where they tell none."""
+        evidence, shift = joint.scale_evidence(self.sketches, self.rays, self.state)
+        kept, count = np.isfinite(self.scales), len(self.poses)
+        images = self.sketches.pairs[kept].T.ravel()
+        evidence, shift = np.tile(evidence[kept], 2), np.tile(shift[kept], 2)
+        total = np.bincount(images, evidence, count)
+        told = total > 1 / MOST_SCALE_VARIANCE
+        return np.where(told, np.bincount(images, evidence * shift, count) / np.where(told, total, 1), np.nan)
 
     def settle(self, world_poses):
         """With estimated poses: the pieces that some known poses reach go into their world, or the largest upright."""

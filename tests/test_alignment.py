@@ -513,3 +513,30 @@ def test_real_rooms_are_as_good_as_the_mean_with_true_scales(kitchen, known, fau
     assert median < slack * np.median(apart) and cover > 0.99
     assert rmse < (1.6 if "outliers" in faults else slack) * np.sqrt((apart**2).mean())
     assert sorted(aligned.rejected_pairs) == trial.wrong.tolist()
+
+
+@EITHER
+def test_nothing_said_at_all_is_no_label_and_no_error(scene, known):
+    trial = problem(scene, RING[:8])
+    for confidence in trial.arrays[3:]:
+        confidence[:] = 1
+    aligned = solve(scene, trial, known)
+    assert not aligned.valid.any() and len(aligned.rejected_pairs) == 8
+    assert len(aligned.report["images_without_labels"]) == len(aligned.valid)
+    json.dumps(aligned.report)
+
+
+@EITHER
+def test_one_pair_is_enough(scene, known):
+    aligned = solve(scene, problem(scene, [[0, 2]], noise=0), known)
+    assert aligned.valid[[0, 2]].all() and aligned.rejected_pairs == {}
+    part = Scene(scene.depth[:3], scene.poses[:3], scene.intrinsics)
+    assert errors(aligned, scene if known else part, fitted=not known)[0] < 1
+
+
+def test_report_says_how_sure_the_scales_are(scene):
+    quiet, loud = (solve(scene, problem(scene, RING, noise=n, along="frame"), True).report for n in (0.01, 0.1))
+    assert 0 < quiet["drift"]["scale_median"] < loud["drift"]["scale_median"] < 0.1
+    assert quiet["depth_noise"] == pytest.approx(0.01, rel=0.4) and loud["depth_noise"] == pytest.approx(0.1, rel=0.4)
+    assert sum(quiet["residual_histogram"]["pairs"]) == quiet["pairs_used"] == len(RING)
+    assert quiet["residual_median"] < 0.012
