@@ -78,7 +78,8 @@ class Fusion:
         z = np.where(front, z, np.float32(1))
         (a, b, c), (d, e, f), _ = self.to_rays[image]
         off = (x / z - (a * self.u + b * self.v + c)) ** 2 + (y / z - (d * self.u + e * self.v + f)) ** 2
-        return z, np.where(front & np.isfinite(off), off / np.float32((3 * self.ray_noise) ** 2), np.float32(np.inf))
+        off = np.minimum(off / np.float32((3 * self.ray_noise) ** 2), np.float32(1e12))  # its square stays finite
+        return z, np.where(front & np.isfinite(off), off, np.float32(np.inf))
 
     def finish(self):
         """Wait for the images still being worked on."""
