@@ -1,219 +1,182 @@
-"""Pair predictions brought into one metric world, through known camera poses and intrinsics.
+"""Pair predictions brought into one world, with known camera poses or without.
 
-Every pair's prediction has a scale of its own. All predictions whose first view is image i share that camera's frame,
-so their depths of image i differ by a factor only, read off as a median ratio. What remains is one scale an image:
-the other views' points must fall on their own pixels' rays under the known relative poses, which is linear in it.
-Fused, every pixel's depth is the confidence-weighted mean of what all pairs say of it.
+Every pair's prediction has a unit of its own. A first pass keeps a sketch of each pair (``sketches``); on the
+sketches the scales of all pairs, the images' depths and, where they are not known, focals and poses are solved for
+jointly and robustly (``joint``, ``pose_graph``). A second pass fuses every pixel's depth from all pairs (``fusion``).
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdutils import geometry
+from kdutils import geometry, joint, pose_graph, reporting, starting_point, worlds
+from kdutils import sketches as sketching
+from kdutils.fusion import Fusion
 from kdutils.teachers import PairPointmaps
 
-MOST_SPREAD = 0.25  # a pair whose depths disagree by more than this (median, relative) with its siblings is rejected
-LEAST_PARALLAX = 0.002  # metres of mean sideways motion, below which a scale cannot be read off
+CHUNK = 64  # pairs read at once from arrays or memory maps
 
 
 @dataclass
 class Alignment:
-    """One world for a scene's N images; lengths in metres, world frame of the given poses."""
+    """One world for a scene's N images."""
 
     depth: np.ndarray  # (N, H, W) along z
-    confidence: np.ndarray  # (N, H, W), at least 1: the geometric mean of the pairs'
-    poses: np.ndarray  # (N, 4, 4) camera-to-world
+    confidence: np.ndarray  # (N, H, W), at least 1: geometric mean of the pairs', those that disagree counting as 1
+    valid: np.ndarray  # (N, H, W) reached by a confident prediction, and not contradicted by as many others
+    poses: np.ndarray  # (N, 4, 4) camera-to-world; NaN where unknown
     intrinsics: np.ndarray  # (N, 3, 3)
-    pair_scales: np.ndarray  # (P,) metres per unit of the pair; NaN where rejected
+    pair_scales: np.ndarray  # (P,) world units per unit of the pair; NaN where rejected or in another world
+    pair_residuals: np.ndarray  # (P,) median disagreement with the images' depths, as a share of them
     rejected_pairs: dict  # index of the pair -> reason
     report: dict = field(default_factory=dict)
 
     @property
-    def valid(self):
-        """Pixels ``(N, H, W)`` that at least one confident prediction reaches."""
-        return (self.confidence > 1) & (self.depth > 0)
-
-    @property
     def points(self):
-        """World pointmaps ``(N, H, W, 3)``."""
+        """World pointmaps ``(N, H, W, 3)`` on the pixels' rays."""
         return world_points(self.depth, self.intrinsics, self.poses)
 
 
 def world_points(depth, intrinsics, poses):
     """Depths ``(N, H, W)`` to world points ``(N, H, W, 3)`` on the pixels' rays."""
-    return np.stack(
-        [geometry.transform(pose, geometry.unproject(d, k)) for d, k, pose in zip(depth, intrinsics, poses)]
-    ).astype(np.float32)
+    points = np.empty((*depth.shape, 3), np.float32)
+    for image, (d, k, pose) in enumerate(zip(depth, intrinsics, poses)):
+        rays = geometry.pixel_rays(k, *d.shape) @ pose[:3, :3].T
+        points[image] = d[..., None] * rays + pose[:3, 3]
+    return points
 
 
-def align(pairs, pts_i, pts_j, conf_i, conf_j, intrinsics, poses):
-    """Align pair predictions given as arrays; see ``align_shards``.
+def align(pairs, pts_i, pts_j, conf_i, conf_j, intrinsics=None, poses=None, world_poses=None):
+    """Align pair predictions given as arrays or memory maps; see ``align_shards``.
 
     Args:
         pairs: ``(P, 2)`` directed pairs of image indices.
         pts_i, pts_j: ``(P, H, W, 3)`` points of both views in view i's frame, scale free.
-        conf_i, conf_j: ``(P, H, W)`` confidences, at least 1.
-        intrinsics: ``(3, 3)`` or ``(N, 3, 3)``.
-        poses: ``(N, 4, 4)`` camera-to-world.
+        conf_i, conf_j: ``(P, H, W)`` confidences; 1, the least, and what is not finite count as no information.
+        intrinsics, poses, world_poses: as for ``align_shards``.
     """
-    return align_shards([PairPointmaps(np.asarray(pairs), pts_i, pts_j, conf_i, conf_j)], intrinsics, poses)
+    arrays = PairPointmaps(np.asarray(pairs), pts_i, pts_j, conf_i, conf_j)
+    sketching.check_shapes(arrays)
+    return align_shards(_Chunks(arrays), intrinsics, poses, world_poses=world_poses)
 
 
-def align_shards(shards, intrinsics, poses, progress=None):
+class _Chunks:
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __iter__(self):
+        for k in range(0, len(self.arrays.pairs), CHUNK):
+            yield PairPointmaps(*(np.asarray(a[k : k + CHUNK]) for a in self.arrays))
+
+
+def align_shards(shards, intrinsics=None, poses=None, progress=None, world_poses=None):
     """Align pair predictions that stream from disk; memory grows with images, not pairs.
+
+    Given ``poses`` are held. Without, poses are estimated; the result is in the world of ``world_poses``, by one
+    similarity, or, if these tell none, in a world of its own: the y axis down along gravity, the first camera at the
+    origin, and in a unit in which the pairs' scales have the geometric mean 1. A pair graph in pieces then is as many
+    worlds: those that the world poses reach are the result, or the largest, and the report names the others.
 
     Args:
         shards: re-iterable of ``PairPointmaps``; read twice.
-        intrinsics: ``(3, 3)`` or ``(N, 3, 3)``.
+        intrinsics: ``(3, 3)`` or ``(N, 3, 3)``, in pixels; focals are estimated by default, principal points centred.
         poses: ``(N, 4, 4)`` camera-to-world, metres.
         progress: called with the shards, e.g. ``tqdm``.
+        world_poses: ``(N, 4, 4)`` poses of some images, NaN for the others; only where ``poses`` are not given.
 
     Raises:
-        ValueError: a pose is not finite, or there are no pairs.
+        ValueError: shapes do not fit, a pose in ``poses`` is not finite, there are no pairs, or ``shards`` can be read
+            only once.
     """
-    poses = np.asarray(poses, dtype=np.float64)
-    if not np.isfinite(poses).all():
-        raise ValueError("a camera pose is not finite: leave such frames out before the alignment")
-    intrinsics = np.broadcast_to(np.asarray(intrinsics, dtype=np.float64), (len(poses), 3, 3))
+    if iter(shards) is shards:
+        raise ValueError("the shards are read twice: give a list, or an object whose __iter__ starts anew")
     follow = progress or (lambda iterable: iterable)
-    scales = _Scales(intrinsics, poses)
-    for shard in follow(shards):
-        for pair in zip(*shard):
-            scales.add(*pair)
-    if not scales.ratios:
-        raise ValueError("no pairs to align")
-    pair_scales = scales.solve()
-    fusion = _Fusion(intrinsics, poses, scales.reference.shape)
-    at = 0
-    for shard in follow(shards):
-        for pair in zip(*shard):
-            if np.isfinite(pair_scales[at]):
-                fusion.add(pair_scales[at], *pair)
-            at += 1
-    depth, confidence = fusion.result()
-    aligned = Alignment(depth, confidence, poses, intrinsics, pair_scales, scales.rejected)
-    aligned.report = _report(aligned, scales.residuals)
+    poses, world_poses = _checked_poses(poses, world_poses)
+    sketches = sketching.sketch(_ahead(follow(shards)))
+    count = _image_count(sketches.pairs, poses, world_poses, intrinsics)
+    intrinsics, borrowed = _intrinsics(intrinsics, sketches, count)
+    rays = starting_point.pixel_slopes(intrinsics, sketches.pixels)
+    silent = sketches.silence()
+    error_i = starting_point.error_of_view_i(sketches, rays)
+    usable = ~(error_i > joint.limit(error_i, joint.MOST_RAY_ERROR)) & np.isfinite(error_i)
+    if poses is None:
+        start, drift = pose_graph.from_unknown_poses(sketches, rays, usable, count)
+    else:
+        start, drift = starting_point.from_known_poses(sketches, rays, poses, usable), None
+    state = joint.solve(sketches, rays, start, error_i, free_poses=poses is None)
+    world = worlds.Worlds(sketches, rays, state, silent)
+    if poses is None:
+        world.settle(world_poses)
+    else:
+        world.require_scale()
+    fusion = _fuse(_ahead(follow(shards)), sketches.pairs, world.scales, intrinsics, world.poses, state, sketches.size)
+    aligned = Alignment(fusion.depth, fusion.confidence, fusion.valid, world.poses, intrinsics, world.scales,
+                        np.fmax(state.depth_error, 0), world.rejected)  # fmt: skip
+    aligned.report = reporting.report(aligned, world, state, borrowed, drift)
     return aligned
 
 
-class _Scales:
-    """First pass: each pair's ratio to its first image's reference depth, and one scale an image."""
-
-    def __init__(self, intrinsics, poses):
-        self.poses, self.intrinsics = poses, intrinsics
-        self.reference = self.rays = None
-        self.seen = np.zeros(len(poses), dtype=bool)
-        self.images, self.ratios, self.products, self.squares, self.parallax = [], [], [], [], []
-        self.rejected, self.residuals = {}, np.array([])
-
-    def add(self, pair, pts_i, pts_j, conf_i, conf_j):
-        if self.reference is None:
-            self.reference = np.ones((len(self.poses), *conf_i.shape), dtype=np.float32)
-        i, j = pair
-        number = len(self.ratios)
-        ratio = self._ratio_to_reference(number, i, pts_i[..., 2], np.log(conf_i))
-        product, square, parallax = _ray_equation(
-            pts_j, np.log(conf_j), self.intrinsics[j], geometry.invert(self.poses[j]) @ self.poses[i]
-        )
-        self.images.append(i)
-        self.ratios.append(ratio)
-        # In the unit of image i's reference the pair's points are divided by its ratio.
-        self.products.append(product / ratio)
-        self.squares.append(square)
-        self.parallax.append(parallax)
-
-    def _ratio_to_reference(self, number, i, depth, weight):
-        confident = (weight > 0) & (depth > 0)
-        if not self.seen[i] and confident.any():
-            self.reference[i] = np.where(confident, depth, 0)
-            self.seen[i] = True
-            return 1.0
-        both = confident & (self.reference[i] > 0) & self.seen[i]
-        if not both.any():
-            self.rejected[number] = "no confident pixel in view 1"
-            return np.nan
-        ratios = depth[both] / self.reference[i][both]
-        ratio = float(np.median(ratios))
-        if np.median(np.abs(ratios / ratio - 1)) > MOST_SPREAD:
-            self.rejected[number] = "its depths contradict the other pairs'"
-            return np.nan
-        return ratio
-
-    def solve(self):
-        """Metres per unit of each pair ``(P,)``; NaN where rejected."""
-        images, ratios = np.array(self.images), np.array(self.ratios)
-        good = np.isfinite(ratios)
-
-        def per_image(values):
-            return np.bincount(images[good], np.array(values)[good], len(self.poses))
-
-        with np.errstate(divide="ignore", invalid="ignore"):
-            image_scales = per_image(self.squares) / per_image(self.products)
-        still = per_image(self.parallax) <= LEAST_PARALLAX * np.bincount(images[good], minlength=len(self.poses))
-        image_scales[still | ~(image_scales > 0)] = np.nan
-        for number in np.flatnonzero(good & ~np.isfinite(image_scales[images])):
-            self.rejected[int(number)] = "too little camera motion in the pairs of its first image to read off a scale"
-        with np.errstate(divide="ignore", invalid="ignore"):
-            own = np.array(self.squares) / np.array(self.products)
-            residuals = np.abs(own / image_scales[images] - 1)
-        self.residuals = residuals[np.isfinite(residuals)]
-        return image_scales[images] / ratios
+def _checked_poses(poses, world_poses):
+    if poses is not None and world_poses is not None:
+        raise ValueError("give poses, which are then held, or world_poses, which only say where the world is; not both")
+    checked = [None if p is None else np.array(p, dtype=np.float64) for p in (poses, world_poses)]
+    for name, p in zip(("poses", "world_poses"), checked):
+        if p is not None and (p.ndim != 3 or p.shape[1:] != (4, 4)):
+            raise ValueError(f"{name} must be (N, 4, 4), not {p.shape}")
+    if checked[0] is not None and not np.isfinite(checked[0]).all():
+        raise ValueError("a camera pose is not finite: leave such frames out before the alignment, or let all poses be "
+                         "estimated and give the known ones as world_poses")  # fmt: skip
+    return checked
 
 
-def _ray_equation(points, weight, intrinsics, j_from_i):
-    """Normal equation of the scale s for which s·points lie on view j's pixel rays, and the parallax behind it.
-
-    For a unit ray r, points a = R·points and the motion t, ``r x (s a + t)`` must vanish. It is solved for 1/s, as a
-    regression of ``r x a`` on ``r x t``: the motion is known, the points are noisy, and a regression on what is noisy
-    comes out too small.
-    """
-    rays = geometry.pixel_rays(intrinsics, *weight.shape)
-    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
-    turned = points @ j_from_i[:3, :3].T
-    across = np.cross(rays, turned)
-    motion = np.cross(rays, j_from_i[:3, 3])
-    weight = weight / max(weight.sum(), 1e-9)
-    product = -np.sum(weight[..., None] * across * motion)
-    square = np.sum(weight[..., None] * motion**2)
-    parallax = np.sum(weight * np.linalg.norm(motion, axis=-1))
-    return product, square, parallax
+def _image_count(pairs, poses, world_poses, intrinsics):
+    given = [len(a) for a in (poses, world_poses) if a is not None]
+    if intrinsics is not None and np.ndim(intrinsics) == 3:
+        given.append(len(intrinsics))
+    count = max(given, default=int(pairs.max()) + 1)
+    if len(set(given)) > 1:
+        raise ValueError(f"poses and intrinsics are of different numbers of images: {sorted(set(given))}")
+    if pairs.max() >= count:
+        raise ValueError(f"a pair names image {pairs.max()}, but there are {count} images")
+    return count
 
 
-class _Fusion:
-    """Second pass: the confidence-weighted mean depth of every pixel."""
-
-    def __init__(self, intrinsics, poses, shape):
-        self.intrinsics, self.poses = intrinsics, poses
-        self.weighted, self.weights = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.count = np.zeros(len(poses))
-
-    def add(self, scale, pair, pts_i, pts_j, conf_i, conf_j):
-        i, j = pair
-        j_from_i = geometry.invert(self.poses[j]) @ self.poses[i]
-        self._add(i, scale * pts_i[..., 2], conf_i)
-        self._add(j, scale * (pts_j @ j_from_i[2, :3]) + j_from_i[2, 3], conf_j)
-
-    def _add(self, image, depth, confidence):
-        weight = np.where(depth > 0, np.log(confidence), 0)
-        self.weighted[image] += weight * depth
-        self.weights[image] += weight
-        self.count[image] += 1
-
-    def result(self):
-        depth = self.weighted / np.maximum(self.weights, 1e-9)
-        confidence = np.exp(self.weights / np.maximum(self.count, 1)[:, None, None])
-        return depth, confidence
+def _intrinsics(intrinsics, sketches, count):
+    """Intrinsics ``(N, 3, 3)``, and the images whose focal is that of the others."""
+    if intrinsics is not None:
+        intrinsics = np.asarray(intrinsics, dtype=np.float64)
+        if intrinsics.shape[-2:] != (3, 3) or intrinsics.ndim > 3 or not np.isfinite(intrinsics).all():
+            raise ValueError(f"intrinsics must be finite, (3, 3) or (N, 3, 3), not {intrinsics.shape}")
+        return np.broadcast_to(intrinsics, (count, 3, 3)), []
+    focals = starting_point.focals(sketches, count)
+    unknown = ~np.isfinite(focals)
+    focals[unknown] = np.median(focals[~unknown]) if not unknown.all() else max(sketches.size)
+    estimated = np.tile(np.eye(3), (count, 1, 1))
+    estimated[:, 0, 0] = estimated[:, 1, 1] = focals
+    estimated[:, :2, 2] = sketches.size[1] / 2, sketches.size[0] / 2
+    return estimated, np.flatnonzero(unknown).tolist()
 
 
-def _report(aligned, residuals):
-    valid = aligned.valid
-    lost = [int(i) for i in np.flatnonzero(~valid.any(axis=(1, 2)))]
-    return {
-        "images": len(valid),
-        "images_without_labels": lost,
-        "pairs": len(aligned.pair_scales),
-        "rejected_pairs": {str(k): reason for k, reason in aligned.rejected_pairs.items()},
-        "valid_share": float(valid.mean()),
-        "pair_scale_spread_median": float(np.median(residuals)) if residuals.size else None,
-    }
+def _fuse(shards, pairs, scales, intrinsics, poses, state, size):
+    kept = np.isfinite(scales)
+    expected = np.bincount(pairs[kept].ravel(), minlength=len(poses))
+    fusion = Fusion(intrinsics, poses, size, expected, state.depth_noise, state.ray_noise)
+    number = 0
+    for shard in shards:
+        for pair in zip(*shard):
+            if kept[number]:
+                fusion.add(scales[number], *pair)
+            number += 1
+    fusion.finish()
+    return fusion
+
+
+def _ahead(shards):
+    """The same shards, the next one read while this one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        iterator = iter(shards)
+        coming = reader.submit(next, iterator, None)
+        while (shard := coming.result()) is not None:
+            coming = reader.submit(next, iterator, None)
+            yield shard

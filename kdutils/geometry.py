@@ -37,6 +37,11 @@ def transform(pose, points):
     return points @ pose[:3, :3].T + pose[:3, 3]
 
 
+def transform_each(poses, points):
+    """Apply P motions ``(P, 4, 4)``, each to its own points ``(P, M, 3)``."""
+    return points @ np.swapaxes(poses[:, :3, :3], 1, 2) + poses[:, None, :3, 3]
+
+
 def invert(pose):
     """Inverse of rigid poses ``(..., 4, 4)``: camera-to-world becomes world-to-camera and back."""
     rotation_t = np.swapaxes(pose[..., :3, :3], -1, -2)
