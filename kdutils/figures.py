@@ -138,6 +138,16 @@ def histogram(errors, label, bound=None):
     return figure
 
 
+def by_image(values, numbers, is_test, label):
+    """One value an image over the frames' numbers, test and training apart; NaN is left out."""
+    figure, axis = plt.subplots(figsize=(8, 2.6), layout="constrained")
+    for members, colour, name in ((~is_test, TRAIN, "training"), (is_test, TEST, "test")):
+        axis.plot(numbers[members], values[members], ".", ms=4, color=colour, label=name)
+    axis.set(xlabel="frame", ylabel=label, ylim=(0, None))
+    axis.legend(frameon=False)
+    return figure
+
+
 def training_curves(histories, baseline=None):
     """Validation error by step of several arms on one logarithmic axis; ``histories`` maps a name to its history."""
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")

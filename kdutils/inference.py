@@ -11,7 +11,7 @@ from kdutils.teachers import PairPointmaps
 
 # Set by measurement on two CPU cores: larger batches gain nothing there, and cost memory.
 CPU_TOKENS = 1536  # of the images that are decoded together: two of 512 x 384
-CPU_BYTES = 256 * 2**20  # for each of the two kinds of results that are remembered
+CPU_BYTES = 160 * 2**20  # for each of the two kinds of results that are remembered
 CUDA_SHARE = 0.15  # the same, of the device's memory
 CUDA_BYTES_PER_PIXEL = 4096  # of one pair in the DPT head, generously
 MOST_BATCH = 32  # more gains nothing on any device

@@ -38,6 +38,13 @@ class PairShards:
         """All directed pairs ``(P, 2)``."""
         return np.array(self.manifest["pairs"])
 
+    def among(self, images):
+        """The ``PairPointmaps`` of all pairs between these images, which are numbered anew in ascending order."""
+        images = np.unique(images)
+        parts = [[array[np.isin(shard.pairs, images).all(axis=1)] for array in shard] for shard in self]
+        pairs, *maps = (np.concatenate(arrays) for arrays in zip(*parts))
+        return PairPointmaps(np.searchsorted(images, pairs), *maps)
+
 
 def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, progress=None):
     """Ask the teacher about every pair and keep its answers.

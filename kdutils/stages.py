@@ -91,7 +91,8 @@ def align(study):
     """Stage 03: one world pointmap an image, from all pair predictions and the known poses."""
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
-    settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence}
+    settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
+                "alignment": alignment.VERSION}  # fmt: skip
     if not artefacts.manifest_matches(manifest, settings):
         scene_frames = frames(study)
         aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,

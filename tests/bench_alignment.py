@@ -21,7 +21,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from alignment_problems import Scene, errors, problem, smooth_field  # noqa: E402
 from conftest import box_world  # noqa: E402
 
-from kdutils import alignment, geometry, pairs, registration, scenes, sketches, starting_point  # noqa: E402
+from kdutils import alignment, geometry, pairs, registration, scenes  # noqa: E402
+from kdutils.alignment import sketches, starting_point  # noqa: E402
 from kdutils.teachers import PairPointmaps  # noqa: E402
 
 SIZE = (96, 128)

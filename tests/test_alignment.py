@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
-from kdutils import alignment, fusion, geometry, labelling, pairs, pose_graph, registration, scenes, teachers
+from kdutils import alignment, geometry, labelling, pairs, registration, scenes, teachers
+from kdutils.alignment import fusion, pose_graph
 
 REDKITCHEN = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "redkitchen"
 CONTRADICTION = "its depths contradict the other pairs'"

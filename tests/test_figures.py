@@ -199,6 +199,14 @@ def test_pair_graphs_draw_every_edge(world, draw):
     assert figure.axes[1].lines[1].get_xydata().tolist() == [[60, 12]]
 
 
+def test_by_image_shows_every_image(world, draw):
+    values = np.arange(6.0)
+    figure = draw(figures.by_image(values, 10 * np.arange(6), world.sequence == 0, "error"))
+    training, test = figure.axes[0].lines
+    shown = np.concatenate([training.get_xydata(), test.get_xydata()])
+    assert sorted(map(tuple, shown)) == [(10.0 * k, float(k)) for k in range(6)]
+
+
 def test_histogram_counts_all(draw):
     figure = draw(figures.histogram(np.arange(200) / 10, "error", bound=3))
     assert sum(patch.get_height() for patch in figure.axes[0].patches) == 200

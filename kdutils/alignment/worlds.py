@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from kdutils import geometry, joint, pose_graph, registration
+from kdutils import geometry, registration
 from kdutils import pairs as graphs
+from kdutils.alignment import joint, pose_graph
 
 MOST_SCALE_VARIANCE = 0.2**2  # a scale that the rays tell no better than to a fifth is not known
 STILL = "too little camera motion in all pairs connected to it to read off a scale"

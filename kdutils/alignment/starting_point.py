@@ -3,7 +3,7 @@
 import numpy as np
 
 from kdutils import geometry
-from kdutils.joint import State, row_median
+from kdutils.alignment.joint import State, row_median
 
 
 def focals(sketches, count):

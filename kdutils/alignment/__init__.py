@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kdutils import geometry, joint, pose_graph, reporting, starting_point, worlds
-from kdutils import sketches as sketching
-from kdutils.fusion import Fusion
+from kdutils import geometry
+from kdutils.alignment import joint, pose_graph, reporting, starting_point, worlds
+from kdutils.alignment import sketches as sketching
+from kdutils.alignment.fusion import Fusion
 from kdutils.teachers import PairPointmaps
 
+VERSION = 2  # raise it when the same pairs give other labels: those on disk are then made anew
 CHUNK = 64  # pairs read at once from arrays or memory maps
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from kdutils import geometry
-from kdutils.sketches import log_confidence
+from kdutils.alignment.sketches import log_confidence
 
 MOST_WAITING = 16
 MOST_FINISHING = 4  # images that wait for the thread that reduces them

@@ -11,8 +11,8 @@ from scipy.sparse.linalg import splu
 from scipy.spatial.transform import Rotation
 
 from kdutils import geometry, registration
-from kdutils.joint import State, kernel, moved, row_median
-from kdutils.starting_point import shapes
+from kdutils.alignment.joint import State, kernel, moved, row_median
+from kdutils.alignment.starting_point import shapes
 
 MOST_DISAGREEMENT = np.radians(10)  # rotations of pairs that confirm each other differ by less
 RESECTION_ROUNDS, AVERAGING_ROUNDS = 10, 20
