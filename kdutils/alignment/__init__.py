@@ -95,7 +95,8 @@ def align_shards(shards, intrinsics=None, poses=None, progress=None, world_poses
         raise ValueError("the shards are read twice: give a list, or an object whose __iter__ starts anew")
     follow = progress or (lambda iterable: iterable)
     poses, world_poses = _checked_poses(poses, world_poses)
-    sketches = sketching.sketch(_ahead(follow(shards)))
+    pixels = sketching.PIXELS_FOR_POSES if poses is None else sketching.PIXELS
+    sketches = sketching.sketch(_ahead(follow(shards)), pixels)
     count = _image_count(sketches.pairs, poses, world_poses, intrinsics)
     intrinsics, borrowed = _intrinsics(intrinsics, sketches, count)
     rays = starting_point.pixel_slopes(intrinsics, sketches.pixels)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-PIXELS = 768  # a sketch's pixels a view, at most: smooth errors have far fewer degrees of freedom
+PIXELS = 384  # of a view in a sketch, about: smooth errors have far fewer degrees of freedom
+PIXELS_FOR_POSES = 768  # where poses are unknown too, and gross outliers have more to spoil
 HUGE = 1e12  # coordinates that float32 can no longer square count as not finite, like NaN, for which < is false
 NEAREST, FARTHEST = 0.02, 1e4  # median distances; points nearer or farther say nothing
 LEAST_PIXELS = 8  # confident pixels of a sketch's view, below which nothing can be concluded from it
@@ -55,20 +56,22 @@ def log_confidence(confidence):
     return np.log(confidence, out=np.zeros(confidence.shape, np.float32), where=sound)
 
 
-def sketch(shards):
+def sketch(shards, pixels=PIXELS):
     """Read all shards once.
 
     Args:
         shards: iterable of ``PairPointmaps``.
+        pixels: of a view, about.
 
     Raises:
         ValueError: no pairs, or arrays whose shapes do not fit together.
     """
-    parts, size = [], None
+    parts, size, step = [], None, None
     for shard in shards:
         size = check_shapes(shard, size)
+        step = _stride(size, pixels)
         if len(shard.pairs):
-            parts.append(_sample(shard, size))
+            parts.append(_sample(shard, step))
     if not parts:
         raise ValueError("no pairs to align")
     pairs, points_i, points_j, weight_i, weight_j = (np.concatenate(column) for column in zip(*parts))
@@ -78,7 +81,7 @@ def sketch(shards):
         reach = np.abs(points).max(-1)
         odd = (reach < NEAREST) | (reach > FARTHEST)
         points[odd], weight[odd] = 0, 0
-    return Sketches(pairs, points_i, points_j, weight_i, weight_j, unit, _pixels(size), size)
+    return Sketches(pairs, points_i, points_j, weight_i, weight_j, unit, _pixels(size, step), size)
 
 
 def check_shapes(shard, size=None):
@@ -98,19 +101,16 @@ def check_shapes(shard, size=None):
     return given[1:3]
 
 
-def _stride(size):
-    return max(1, math.ceil(math.sqrt(size[0] * size[1] / PIXELS)))
+def _stride(size, pixels):
+    return max(1, round(math.sqrt(size[0] * size[1] / pixels)))
 
 
-def _pixels(size):
-    step = _stride(size)
+def _pixels(size, step):
     u, v = np.meshgrid(np.arange(step // 2, size[1], step), np.arange(step // 2, size[0], step))
     return np.stack([u.ravel(), v.ravel()], axis=-1) + 0.5
 
 
-def _sample(shard, size):
-    step = _stride(size)
-
+def _sample(shard, step):
     def sampled(array, *shape):
         some = np.asarray(array[:, step // 2 :: step, step // 2 :: step], dtype=np.float32)
         return some.reshape(len(some), -1, *shape)
