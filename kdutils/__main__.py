@@ -182,7 +182,7 @@ def _path(text):
 
 
 if __name__ == "__main__":
-    logging.getLogger("papermill").setLevel(logging.WARNING)
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     try:
         sys.exit(main())
     except KeyboardInterrupt:
