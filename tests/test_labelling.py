@@ -129,7 +129,7 @@ def test_pairs_among_some_images_are_numbered_anew(tmp_path):
     shards, teacher = make_labels(tmp_path / "labels")
     some = shards.among([5, 2, 3])
     assert some.pairs.tolist() == [[0, 1], [1, 0], [1, 2], [2, 1]]  # 2-3 and 3-5 of the window of two
-    expected = teacher([[2, 3], [3, 2], [3, 5], [5, 3]])
+    expected = teacher(np.array([[2, 3], [3, 2], [3, 5], [5, 3]]))
     assert_allclose(some.points_j, expected.points_j, rtol=2**-11, atol=1e-6)
 
 

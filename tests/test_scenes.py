@@ -202,7 +202,11 @@ def save_depth(array):
 
 
 OTHER_SIZE = save_depth(np.ones((10, 12), np.uint16))
+TURNED = Image.Exif()
+TURNED[274] = 6  # orientation: to be turned clockwise by a quarter
 BAD_IMAGES = {
+    "turned color": ("color.jpg", lambda file: Image.open(file).save(file, exif=TURNED), "after its EXIF rotation"),
+    "one pixel": ("color.jpg", lambda file: Image.new("RGB", (1, 1)).save(file), "image is 1x1"),
     "truncated color": ("color.jpg", truncate, "color file is missing, truncated"),
     "empty color": ("color.jpg", lambda file: file.write_bytes(b""), "color file is missing, truncated"),
     "color gone since": ("color.jpg", lambda file: file.unlink(), "color file is missing, truncated"),
@@ -228,6 +232,24 @@ def test_bad_image_is_a_bad_frame_and_left_out(folder, tmp_path, defect):
     assert frames.number.tolist() == [0, 1, 2, 3, 5, 6] and cause in frames.skipped[4]
     np.testing.assert_array_equal(frames.poses[4], scene.poses[5])
     np.testing.assert_array_equal(frames.image[4], scene.view(5, (24, 32)).image)
+
+
+COLOR_KINDS = {
+    "CMYK": lambda image, file: image.convert("CMYK").save(file, quality=95),
+    "grey": lambda image, file: image.convert("L").save(file, quality=95),
+    "16-bit grey PNG": lambda image, file: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    .save(file, format="PNG"),
+    "RGBA PNG": lambda image, file: image.convert("RGBA").save(file, format="PNG"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COLOR_KINDS)
+def test_color_of_any_kind_looks_the_same(folder, kind):
+    scene = scenes.Scene.open(folder)
+    before = scene.view(4, (24, 32)).image.astype(int)
+    file = frame_file(folder, 4, "color.jpg")
+    COLOR_KINDS[kind](Image.open(file).copy(), file)
+    assert np.abs(scene.view(4, (24, 32)).image - before).max() <= 6
 
 
 def test_frame_of_no_sequence(folder):

@@ -39,7 +39,7 @@ def run(folder, seed=0, kill_at=None, change=None, arm="cnn-scratch", inputs="sa
 
     study = Study("kitchen", "smoke", "depth", "cpu", seed)
     plan = {"size": (32, 48), "steps": 6, "batch": 4, "validate_every": 2, **plan}
-    study.preset, study.runs_folder = replace(study.preset, **plan), folder
+    study.preset, study.workspace = replace(study.preset, **plan), folder
     world = box_world(24, study.preset.size)
     examples = examples_of(world)
     if change:
@@ -48,8 +48,12 @@ def run(folder, seed=0, kill_at=None, change=None, arm="cnn-scratch", inputs="sa
     return *training.run_arm(study, ARMS[arm], examples, train, validation, inputs, progress=progress), examples
 
 
+def arm_folder(folder, arm="cnn-scratch"):
+    return folder / "runs" / "kitchen" / "depth" / arm
+
+
 def weights_of(folder, arm="cnn-scratch"):
-    return (folder / arm / "student.safetensors").read_bytes()
+    return (arm_folder(folder, arm) / "student.safetensors").read_bytes()
 
 
 # The loss
@@ -284,23 +288,23 @@ def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, whole):
     env, code = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-c", KILLED, str(tmp_path)]
     done = subprocess.run(code, cwd=ROOT / "tests", env=env, capture_output=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in (tmp_path / "cnn-scratch").iterdir()] == ["training.pt"]
+    assert [path.name for path in arm_folder(tmp_path).iterdir()] == ["training.pt"]
     seen = []
     _, resumed, _ = run(tmp_path, seen=seen)
     assert seen == [4, 6]  # step 2 was kept, step 4 not yet
     assert weights_of(tmp_path) == weights_of(whole[0])
     assert resumed["history"] == whole[2]["history"]
-    names = sorted(path.name for path in (tmp_path / "cnn-scratch").iterdir())
+    names = sorted(path.name for path in arm_folder(tmp_path).iterdir())
     assert names == ["student.json", "student.safetensors"]
 
 
 def test_finished_run_is_not_repeated(whole):
     folder, student, manifest = whole
-    before = {path: path.stat().st_mtime_ns for path in (folder / "cnn-scratch").iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in arm_folder(folder).iterdir()}
     seen = []
     again, found, _ = run(folder, seen=seen)
-    assert seen == [] and found == manifest == artefacts.read_json(folder / "cnn-scratch" / "student.json")
-    assert {path: path.stat().st_mtime_ns for path in (folder / "cnn-scratch").iterdir()} == before
+    assert seen == [] and found == manifest == artefacts.read_json(arm_folder(folder) / "student.json")
+    assert {path: path.stat().st_mtime_ns for path in arm_folder(folder).iterdir()} == before
     kept = again.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in student.state_dict().items())
 
@@ -325,7 +329,7 @@ def spoil(examples):
 def test_loss_that_is_not_finite_is_an_error(tmp_path, cause):
     with pytest.raises(training.TrainingError, match="cnn-scratch: .*no longer finite at step 2.*learning rate"):
         run(tmp_path, **cause)
-    assert list((tmp_path / "cnn-scratch").iterdir()) == []
+    assert list(arm_folder(tmp_path).iterdir()) == []
     _, manifest, _ = run(tmp_path, steps=2)
     assert math.isfinite(manifest["best_validation_mse"])
 
@@ -337,7 +341,7 @@ def test_frozen_arm_trains_its_head_only(tmp_path, capsys):
     file = tmp_path / "weights.safetensors"
     training.save_file(full.state_dict(), file)
     study = Study("kitchen", "smoke", "depth", "cpu")
-    study.preset, study.runs_folder = replace(study.preset, size=(32, 48), steps=2, batch=4), tmp_path
+    study.preset, study.workspace = replace(study.preset, size=(32, 48), steps=2, batch=4), tmp_path
     examples = examples_of(box_world(12, (32, 48)))
     trained, manifest = training.run_arm(study, ARMS["mobilenet-frozen"], examples, np.arange(8), np.arange(8, 12),
                                          "same", weights=file)  # fmt: skip
