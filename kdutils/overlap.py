@@ -63,7 +63,8 @@ class Views:
         poses: ``(N, 4, 4)`` camera-to-world, metres.
         intrinsics: ``(3, 3)`` in pixels.
         size: (height, width) in pixels.
-        depth: ``(N, H, W)`` along z in metres, 0 where unknown; without it everything is ``ASSUMED_DEPTH`` away.
+        depth: ``(N, H, W)``, or an iterable of N ``(H, W)``, along z in metres, 0 where unknown; without it everything
+            is ``ASSUMED_DEPTH`` away.
     """
 
     def __init__(self, poses, intrinsics, size, depth=None):

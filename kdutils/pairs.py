@@ -67,9 +67,12 @@ def scene_pairs(frames, graph="overlap", window=3):
     if graph != "overlap":
         return sequence_pairs(frames.sequence, graph, window)
     parts = [np.flatnonzero(part) for part in (frames.is_test, ~frames.is_test)]
-    edges = [images[overlap.overlap_graph(frames.poses[images], frames.intrinsics, frames.size, frames.depth[images])
-                    .images] for images in parts]  # fmt: skip
-    return _both_directions(map(tuple, np.concatenate(edges).tolist()))
+    edges = []
+    for images in parts:
+        depth = (frames.depth[image] for image in images)  # one at a time: a whole scene's would fill the memory
+        chosen = overlap.overlap_graph(frames.poses[images], frames.intrinsics, frames.size, depth)
+        edges += map(tuple, images[chosen.images].tolist())
+    return _both_directions(edges)
 
 
 def components(pairs, count):

@@ -3,7 +3,7 @@
 The published procedure is rebuilt here from its description, around our network: every pair is a batch of its own,
 both of its images are encoded anew, attention is written out, and all predictions stay in memory. Run it with
 
-    python tests/bench_dust3r.py                                     # the full network at 512 x 384: some 8 minutes
+    python tests/bench_dust3r.py                                     # the full network at 512 x 384: ten minutes
     python tests/bench_dust3r.py --checkpoint FILE --device cuda
     python tests/bench_dust3r.py --tiny --images 1000 --most-pairs 10000 --published 0      # memory over a whole scene
 
