@@ -6,6 +6,7 @@ A file is written aside, flushed to the disk and renamed. A stage writes its man
 
 import hashlib
 import json
+import mmap
 import os
 from pathlib import Path
 
@@ -103,6 +104,13 @@ def read_tensors(path):
         raise ArtefactError(f"{path}: missing; run the stage that writes it") from error
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtefactError(f"{path}: unreadable ({error}); delete it and run the stage that writes it") from error
+
+
+def release(array):
+    """Give back the memory of what was read of a memory-mapped array; it is read from the file again when needed."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def discard(path):

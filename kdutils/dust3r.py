@@ -199,7 +199,7 @@ class DPTHead(nn.Module):
             nn.Conv2d(DPT_FEATURES, half, 3, padding=1),
             Doubling(),
             nn.Conv2d(half, half, 3, padding=1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(half, OUTPUT_CHANNELS, 1),
         )
         scratch = nn.ModuleDict({f"refinenet{level}": Fusion(DPT_FEATURES) for level in (1, 2, 3, 4)})

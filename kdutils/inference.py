@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 import torch
 
-from kdutils import dust3r
+from kdutils import artefacts, dust3r
 from kdutils.teachers import PairPointmaps
 
 # Set by measurement on two CPU cores: larger batches gain nothing there, and cost memory.
@@ -126,6 +126,7 @@ class DUSt3RTeacher:
 
     def _encode(self, image):
         pixels = torch.from_numpy(np.array(self.images[image])).to(self.device).permute(2, 0, 1)[None]
+        artefacts.release(self.images)  # no image is read twice
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
             tokens = self.model.encode(pixels / 127.5 - 1)[0]
         return tokens.half() if self.is_half else tokens

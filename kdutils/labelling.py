@@ -10,7 +10,7 @@ from kdutils import artefacts
 from kdutils.teachers import PairPointmaps
 
 BYTES_PER_PIXEL = 2 * 4 * 2  # two views, x y z and confidence, half precision
-SHARD_BYTES = 64 * 2**20  # what a killed run loses at most, and what waits in memory for the disk
+SHARD_BYTES = 32 * 2**20  # what a killed run loses at most, and what waits in memory for the disk
 MOST_PAIRS_PER_SHARD = 64
 
 

@@ -98,3 +98,13 @@ def test_discard(tmp_path):
     artefacts.discard(tmp_path / "a")
     artefacts.discard(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_released_arrays_read_the_same(tmp_path):
+    written = np.arange(10_000, dtype=np.float32)
+    artefacts.write_tensors(tmp_path / "a", {"x": written})
+    mapped = artefacts.read_tensors(tmp_path / "a")["x"]
+    before = mapped.copy()
+    for array in (mapped, mapped[5:], written):
+        artefacts.release(array)
+    np.testing.assert_array_equal(mapped, before)
