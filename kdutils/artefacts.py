@@ -8,9 +8,11 @@ import hashlib
 import json
 import mmap
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -47,6 +49,26 @@ def write_aside(path, write):
         cause = getattr(error, "strerror", None) or error
         raise OSError(f"{path}: could not be written ({cause}). Make space or choose a folder that can be written to, "
                       "and run it again: what was finished before is kept.") from error  # fmt: skip
+
+
+@contextmanager
+def alone(folder):
+    """Work on a folder's files while no other process does; one that does is waited for.
+
+    The lock is the system's, so it is gone with the process that held it, however that ended.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{folder.name}: another process works on it, waiting until it has ended", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def remove_asides(folder):

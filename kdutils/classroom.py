@@ -20,6 +20,10 @@ class Classroom:
 
     def teach(self, name):
         """Stages 04 and 05: train one arm, predict the test frames once, and measure."""
+        with artefacts.alone(self.study.run_folder(name)):
+            return self._teach(name)
+
+    def _teach(self, name):
         study, arm, folder = self.study, ARMS[name], self.study.run_folder(name)
         student, manifest = training.run_arm(study, arm, self.examples, self.train, self.validation,
                                              self.labels.digest, self.weights, stages.Bar(name, "step"))  # fmt: skip

@@ -38,16 +38,18 @@ def scene_folder(study):
             f"such as {rooms.KINDS[0]}-7."
         )
     folder = study.workspace / "scenes" / study.scene
-    return rooms.write_room(folder, kind, int(room_seed or 0), every=study.preset.render_every, device=study.device,
-                            progress=Bar(f"render {study.scene}", "frame"))  # fmt: skip
+    with artefacts.alone(folder):
+        return rooms.write_room(folder, kind, int(room_seed or 0), every=study.preset.render_every,
+                                device=study.device, progress=Bar(f"render {study.scene}", "frame"))  # fmt: skip
 
 
 def prepare(study):
     """Stage 01: the scene's usable frames, decoded once at the study's image size."""
     scene = scenes.Scene.open(scene_folder(study), study.scene)
     preset = study.preset
-    return scenes.prepare(scene, study.frames_folder, preset.size, preset.most_train, preset.most_test,
-                          progress=partial(tqdm, desc="decode", unit="frame"))  # fmt: skip
+    with artefacts.alone(study.frames_folder):
+        return scenes.prepare(scene, study.frames_folder, preset.size, preset.most_train, preset.most_test,
+                              progress=partial(tqdm, desc="decode", unit="frame"))  # fmt: skip
 
 
 def frames(study):
@@ -83,8 +85,9 @@ def label(study, teacher):
     scene_frames = frames(study)
     edges = pairs.scene_pairs(scene_frames, study.preset.pair_graph, study.preset.window)
     inputs = artefacts.file_digest(study.frames_folder / scenes.MANIFEST)
-    return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
-                                 progress=partial(tqdm, desc=f"{teacher.name} labels", unit="pair"))  # fmt: skip
+    with artefacts.alone(study.labels_folder):
+        return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
+                                     progress=partial(tqdm, desc=f"{teacher.name} labels", unit="pair"))  # fmt: skip
 
 
 def align(study):
@@ -93,18 +96,23 @@ def align(study):
     manifest = study.labels_folder / "labels.json"
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
                 "alignment": alignment.VERSION}  # fmt: skip
-    if not artefacts.manifest_matches(manifest, settings):
-        scene_frames = frames(study)
-        aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,
-                                         partial(tqdm, desc="align", unit="shard"))  # fmt: skip
-        valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
-        artefacts.discard(manifest)
-        artefacts.write_tensors(
-            study.labels_folder / "labels.safetensors",
-            {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid},
-        )
-        artefacts.write_json(manifest, {"settings": settings, "report": aligned.report})
+    with artefacts.alone(study.labels_folder):
+        if not artefacts.manifest_matches(manifest, settings):
+            _align(study, shards, manifest, settings)
     return labels(study)
+
+
+def _align(study, shards, manifest, settings):
+    scene_frames = frames(study)
+    aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,
+                                     partial(tqdm, desc="align", unit="shard"))  # fmt: skip
+    valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
+    artefacts.discard(manifest)
+    artefacts.write_tensors(
+        study.labels_folder / "labels.safetensors",
+        {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid},
+    )
+    artefacts.write_json(manifest, {"settings": settings, "report": aligned.report})
 
 
 def labels(study):

@@ -1,9 +1,14 @@
 """Files are whole or absent, manifests match exactly what they were written with."""
 
+import os
+import signal
+import subprocess
+import sys
 import tempfile
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,3 +113,23 @@ def test_released_arrays_read_the_same(tmp_path):
     for array in (mapped, mapped[5:], written):
         artefacts.release(array)
     np.testing.assert_array_equal(mapped, before)
+
+
+HOLD = "from kdutils import artefacts; import sys, time\nwith artefacts.alone(sys.argv[1]): print('held', flush=True); "
+
+
+def hold(folder, then):
+    held = [sys.executable, "-c", HOLD + then, str(folder)]
+    return subprocess.Popen(held, cwd=ROOT, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+
+
+def test_a_folder_is_worked_on_by_one_process_and_free_when_that_is_killed(tmp_path):
+    first = hold(tmp_path / "arm", "time.sleep(600)")
+    assert first.stdout.readline() == "held\n"
+    second = hold(tmp_path / "arm", "print('done')")
+    assert "another process works on it" in second.stdout.readline()
+    assert second.poll() is None
+    first.send_signal(signal.SIGKILL)
+    assert second.communicate(timeout=60)[0] == "held\ndone\n"
+    first.communicate()
+    assert not list(tmp_path.glob("arm/*"))
