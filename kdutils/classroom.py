@@ -1,9 +1,13 @@
 """The way of the data, second half: labels -> students -> metrics -> figures (notebooks 04 to 06)."""
 
+import argparse
+from contextlib import nullcontext
+
 import numpy as np
 
-from kdutils import artefacts, evaluation, figures, stages, training
-from kdutils.settings import ARMS, Study
+from kdutils import artefacts, evaluation, figures, localisation, stages, teachers, training
+from kdutils.augmentation import Examples
+from kdutils.settings import ARMS, PRESETS, Study
 
 
 class Classroom:
@@ -16,17 +20,21 @@ class Classroom:
         self.test = np.flatnonzero(self.frames.is_test)
         share = study.preset.validation_share
         self.train, self.validation = training.split_validation(np.asarray(self.frames.sequence), share)
-        self.examples = training.Examples.of(self.frames.image, self.labels.points, self.labels.valid, study.device)
+        self.examples = Examples.of(self.frames.image, self.labels.depth, self.labels.valid, self.labels.confidence,
+                                    self.frames.intrinsics, self.frames.poses, study.device)  # fmt: skip
 
     def teach(self, name):
         """Stages 04 and 05: train one arm, predict the test frames once, and measure."""
-        with artefacts.alone(self.study.run_folder(name)):
+        # The processes that torchrun starts train one student together; the first has the folder.
+        with artefacts.alone(self.study.run_folder(name)) if training.RANK == 0 else nullcontext():
             return self._teach(name)
 
     def _teach(self, name):
         study, arm, folder = self.study, ARMS[name], self.study.run_folder(name)
         student, manifest = training.run_arm(study, arm, self.examples, self.train, self.validation,
-                                             self.labels.digest, self.weights, stages.Bar(name, "step"))  # fmt: skip
+                                             self.labels.digest, self.weights, stages.Bar(name, ""))  # fmt: skip
+        if training.RANK > 0:
+            return None
         settings = {"student": manifest["settings"], "preset": study.describe()}
         if not artefacts.manifest_matches(folder / "metrics.json", settings):
             evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
@@ -37,7 +45,7 @@ class Classroom:
     def measure(self, name, student, manifest):
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
         study, test = self.study, self.test
-        points = self.predictions(name)
+        points, log_scale = self.predictions(name, with_scale=True)
         train_points = self.labels.points[self.train][self.labels.valid[self.train]]
         valid, measured = self.labels.valid[test], self.measured[test]
         return {
@@ -48,15 +56,31 @@ class Classroom:
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
             "mean_point": evaluation.mean_point_errors(train_points, self.labels.points[test], valid),
+            "localisation": self.localise(points, None, log_scale),
             "size": evaluation.size_of(student),
+            "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
+                         "loss": manifest["settings"]["plan"]["recipe"]["loss"]},
             "timing": {"latency_ms": evaluation.latency(student, study.preset.size),
-                       "train_seconds": manifest["seconds"]},
+                       "train_seconds": manifest["seconds"],
+                       "train_images_per_second": manifest["images_per_second"]},
             "machine": evaluation.machine(study.device),
         }  # fmt: skip
 
-    def predictions(self, name):
-        """World points ``(N, H, W, 3)`` that a trained arm predicts for the test frames."""
-        return evaluation.read_predictions(self.study.run_folder(name) / "predictions.safetensors")
+    def localise(self, points, masks=None, log_scales=None):
+        """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
+
+        Figures are NaN, and it says so, where PoseLib is not installed.
+        """
+        if not localisation.available():
+            print("PoseLib is not installed: cameras are not located")
+            return {**dict.fromkeys(localisation.FIGURES, np.nan), "milliseconds": np.nan}
+        poses, milliseconds = localisation.locate_all(points, self.frames.intrinsics, masks, log_scales)
+        return {**localisation.pose_errors(poses, self.frames.poses[self.test]), "milliseconds": milliseconds}
+
+    def predictions(self, name, with_scale=False):
+        """World points ``(N, H, W, 3)`` that a trained arm predicts for the test frames, and its uncertainty."""
+        points, scale = evaluation.read_predictions(self.study.run_folder(name) / "predictions.safetensors")
+        return (points, scale) if with_scale else points
 
 
 def side_by_side(classroom, arm, chosen, low, high):
@@ -75,13 +99,17 @@ def side_by_side(classroom, arm, chosen, low, high):
 
 
 def keep_results(folder, rows, claims, studies):
-    """The results' plots, the claims, and last the tables ``results.csv`` and ``results.json``."""
+    """The results' plots, the claims and answers, and last the tables ``results.csv`` and ``results.json``."""
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
-        figure = figures.results(found, found[0]["mean_point_mse"], evaluation.paper_mse(study.scene))
+        proper, baseline = evaluation.without_ablations(found), found[0]["mean_point_mse"]
+        figure = figures.results(proper, baseline, evaluation.paper_mse(study.scene))
         figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
         figure.savefig(folder / f"results_{study.scene.replace('/', '_')}.png", dpi=110)
-    figures.size_against_error(rows).savefig(folder / "size_against_error.png", dpi=110)
+        groups = evaluation.ablation_groups(found)
+        if groups:
+            figures.ablations(groups).savefig(folder / f"ablations_{study.scene.replace('/', '_')}.png", dpi=110)
+    figures.cost_against_error(evaluation.without_ablations(rows)).savefig(folder / "cost_against_error.png", dpi=110)
     artefacts.write_json(folder / "claims.json", claims)
     evaluation.write_table(rows, folder / "results")
 
@@ -103,3 +131,31 @@ def finished(study, chosen="all"):
     if not done:
         raise stages.MissingStage(f"no student of {', '.join(names)} is trained: run notebooks 04 and 05 first.")
     return done
+
+
+def main(argv=None):
+    """Stages 01 to 05 without notebooks, for machines that have neither papermill nor plotly, and for torchrun."""
+    parser = argparse.ArgumentParser(prog="python -m kdutils.classroom", description=main.__doc__)
+    parser.add_argument("scene", help="name, or folder in the 12Scenes layout")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, metavar="ARM", help="by default the preset's")
+    parser.add_argument("--preset", choices=PRESETS, default="study")
+    parser.add_argument("--teacher", default="auto")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
+    parser.add_argument("--weights", default="auto", help="the students' backbones: folder or file")
+    options = parser.parse_args(argv)
+    study = Study(options.scene, options.preset, options.teacher, options.device, options.seed)
+    print(stages.settle_teacher(study, options.checkpoint))
+    stages.prepare(study)
+    stages.label(study, teachers.build(study, stages.frames(study), options.checkpoint))
+    stages.align(study)
+    room = Classroom(study, options.weights)
+    for arm in options.arms or study.arms:
+        room.teach(arm)
+    if training.RANK == 0:
+        print(evaluation.table(evaluation.collect(study)))
+
+
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from kdutils import artefacts
-from kdutils.settings import ARMS
+from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS
 from kdutils.training import predict
 
 BANDS_CM = (5, 10)
@@ -54,15 +54,14 @@ def point_errors(predicted, truth, mask):
 
 
 def size_of(student):
-    """Parameters, and megabytes at 32 bits with the buffers that inference needs."""
+    """Parameters, and megabytes with the buffers that inference needs: at 32 bits, and in half precision."""
     tensors = student.state_dict().values()
-    return {
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "megabytes": sum(t.numel() * t.element_size() for t in tensors) / 1e6,
-    }
+    megabytes = sum(t.numel() * t.element_size() for t in tensors) / 1e6
+    return {"parameters": sum(p.numel() for p in student.parameters()), "megabytes": megabytes,
+            "half_megabytes": megabytes / 2}  # fmt: skip
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def latency(student, size, repeats=20):
     """Median milliseconds for one image ``(1, 3, H, W)`` on the student's device, after a warm-up."""
     device = next(student.parameters()).device
@@ -70,7 +69,7 @@ def latency(student, size, repeats=20):
     times = []
     for _ in range(repeats + 3):
         start = time.perf_counter()
-        student(image).cpu()  # the copy waits for the device
+        student(image).points.cpu()  # the copy waits for the device
         times.append(time.perf_counter() - start)
     return 1000 * float(np.median(times[3:]))
 
@@ -88,17 +87,20 @@ def processor():
 
 
 def keep_predictions(student, images, path):
-    """Predict the test frames ``(N, 3, H, W)`` once and keep the points as half-precision offsets from the centre."""
-    points = predict(student, images)
+    """Predict the test frames ``(N, H, W, 3)`` once and keep the points as half-precision offsets from the centre."""
+    points, log_scale = predict(student, images)
     centre = student.centre.cpu().numpy()
-    offsets = (points.cpu().permute(0, 2, 3, 1).numpy() - centre).astype(np.float16)
-    artefacts.write_tensors(path, {"offsets": offsets, "centre": centre})
+    tensors = {"offsets": (points.permute(0, 2, 3, 1).numpy() - centre).astype(np.float16), "centre": centre}
+    if log_scale is not None:
+        tensors["log_scale"] = log_scale[:, 0].numpy().astype(np.float16)
+    artefacts.write_tensors(path, tensors)
 
 
 def read_predictions(path):
-    """World points ``(N, H, W, 3)`` in metres that ``keep_predictions`` kept."""
+    """What ``keep_predictions`` kept: world points ``(N, H, W, 3)`` in metres, log-scale ``(N, H, W)`` or None."""
     kept = artefacts.read_tensors(path)
-    return kept["offsets"].astype(np.float32) + kept["centre"]
+    scale = kept.get("log_scale")
+    return kept["offsets"].astype(np.float32) + kept["centre"], None if scale is None else scale.astype(np.float32)
 
 
 def mean_point_errors(train_points, truth, mask):
@@ -108,13 +110,20 @@ def mean_point_errors(train_points, truth, mask):
 
 COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
            "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
-           "depth_within_10cm", "parameters", "megabytes", "latency_ms", "train_seconds", "machine")  # fmt: skip
+           "depth_within_10cm", "localised_translation", "localised_rotation", "localised_within_5cm_5deg",
+           "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch", "parameters", "megabytes",
+           "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second", "machine")  # fmt: skip
 
 
 def collect(study):
     """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``."""
     paths = (study.run_folder(arm) / "metrics.json" for arm in ARMS)
     return [_row(artefacts.read_json(path)) for path in paths if path.exists()]
+
+
+def without_ablations(rows):
+    """The rows of the arms proper."""
+    return [row for row in rows if row["arm"] not in ABLATION_ARMS]
 
 
 def write_table(rows, path):
@@ -127,30 +136,45 @@ def write_table(rows, path):
     artefacts.write_json(Path(path).with_suffix(".json"), rows)
 
 
+def markdown(names, lines):
+    """A Markdown table: column ``names``, and ``lines`` of as many texts."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (names, *lines)]
+    return "\n".join([rows[0], "|---" * len(names) + "|", *rows[1:]])
+
+
 def table(rows, with_paper=False):
-    """Rows as a Markdown table, best first in each scene, with the scene's mean point and, if asked, the paper's."""
-    names = ("scene", "student", "MSE m²", "RMSE m", "median cm", "within 10 cm", "to depth cm", "MB", "ms")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    """Rows as a Markdown table, best first in each scene, with the scene's mean point and, if asked, the paper's.
+
+    The arms of the ablations are left out: they have a smaller budget.
+    """
+    names = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
+             "MB", "ms", "trained s")  # fmt: skip
+    rows, lines = without_ablations(rows), []
     for scene in dict.fromkeys(row["scene"] for row in rows):
         ranked = sorted((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
-        lines += [f"| {scene} | {row['label']} | {row['mse']:.4f} | {row['rmse']:.2f} | {100 * row['median']:.1f} "
-                  f"| {row['within_10cm']:.1%} | {100 * row['depth_median']:.1f} | {row['megabytes']:.1f} "
-                  f"| {row['latency_ms']:.0f} |" for row in ranked]  # fmt: skip
-        lines.append(f"| {scene} | *mean point* | {ranked[0]['mean_point_mse']:.4f} |" + " |" * 6)
+        lines += [_cells(row) for row in ranked]
+        lines.append([scene, "*mean point*", f"{ranked[0]['mean_point_mse']:.4f}", *[""] * 8])
     if with_paper:
         paper = "*best ViT, teacher DUSt3R*"
-        lines += [f"| *paper, {kind}s* | {paper} | {mse} |" + " |" * 6 for kind, mse in PAPER.items()]
-    return "\n".join(lines)
+        lines += [[f"*paper, {kind}s*", paper, f"{mse}", *[""] * 8] for kind, mse in PAPER.items()]
+    return markdown(names, lines)
+
+
+def _cells(row):
+    return [row["scene"], row["label"], f"{row['mse']:.4f}", f"{100 * row['median']:.1f}", f"{row['within_10cm']:.1%}",
+            f"{100 * row['depth_median']:.1f}", f"{100 * row['localised_translation']:.0f}",
+            f"{row['localised_within_5cm_5deg']:.0%}", f"{row['megabytes']:.1f}", f"{row['latency_ms']:.0f}",
+            f"{row['train_seconds']:.0f}"]  # fmt: skip
 
 
 def claims(rows):
     """What the paper claims, what these rows say of it, and whether it held: "held", "did not hold", "not tested".
 
     Args:
-        rows: of one or more scenes, see ``collect``.
+        rows: of one or more scenes, see ``collect``; only the paper's own arms count.
     """
-    best = {scene: min((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
-            for scene in dict.fromkeys(row["scene"] for row in rows)}  # fmt: skip
+    rows = [row for row in rows if row["arm"] in PAPER_ARMS]
+    best = _best(rows)
     named = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
     ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())
     sizes = [row["megabytes"] for row in rows]
@@ -166,6 +190,76 @@ def claims(rows):
         _compare(rows, "Pretraining helps: unfrozen is better than from scratch.", "unfrozen", "scratch"),
         _claim("Students take at most 45 MB.", f"{min(sizes):.1f} to {max(sizes):.1f} MB at 32 bits", max(sizes) <= 45),
     ]  # fmt: skip
+
+
+def open_questions(rows):
+    """What the paper left open, and what these rows answer: dicts of ``question`` and ``found``."""
+    answers = []
+    for scene in dict.fromkeys(row["scene"] for row in rows):
+        here = {row["arm"]: row for row in rows if row["scene"] == scene}
+        answers += [(question, f"{scene}: {answer}") for question, answer in _answers(here)]
+    return [{"question": question, "found": "; ".join(found for asked, found in answers if asked == question)}
+            for question in dict.fromkeys(question for question, _ in answers)]  # fmt: skip
+
+
+def _answers(here):
+    """Questions and answers of one scene's rows, by arm."""
+    best = min(without_ablations(here.values()), key=lambda row: row["mse"])
+    yield ("Can a student localise the camera?",
+           f"{best['arm']} median {100 * best['localised_translation']:.1f} cm, {best['localised_rotation']:.1f}°, "
+           f"{best['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")  # fmt: skip
+    yield ("How far are students from the true depth?", f"{best['arm']} median {100 * best['depth_median']:.1f} cm")
+    paper = min((row for row in here.values() if row["arm"] in PAPER_ARMS), key=lambda row: row["mse"], default=None)
+    if paper and "anchornet-scratch" in here:
+        own = here["anchornet-scratch"]
+        yield ("Is a network made for the task better, at the same steps?",
+               f"anchornet {own['mse']:.4f} m², best of the paper's arms {paper['mse']:.4f} m² "
+               f"({paper['label']})")  # fmt: skip
+        peers = [row for arm, row in here.items() if arm in ORIGINAL_ARMS]
+        for peer in peers:
+            yield ("And better than the original study's networks?",
+                   f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
+                   f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
+                   f"{own['train_images_per_second']:.0f}")  # fmt: skip
+    losses = {row["loss"]: row for arm, row in here.items() if arm in ABLATION_ARMS and ARMS[arm].loss}
+    if "mse" in losses:
+        winner = min(losses.values(), key=lambda row: row["mse"])
+        yield ("Do other distillation losses help?",
+               f"{winner['loss']} is best with {winner['mse']:.4f} m², the paper's MSE loss "
+               f"gives {losses['mse']['mse']:.4f}")  # fmt: skip
+
+
+def ablation_groups(rows):
+    """Test MSE by one setting at a time, for one scene's rows: a title to a mapping of settings to m²."""
+    mse = {row["arm"]: row["mse"] for row in rows}
+    groups = {
+        "ViT from scratch: patch": {str(patch): f"vit{patch}-scratch" for patch in (16, 32, 64)},
+        "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
+        "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
+        "AnchorNet, a quarter of the steps: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
+        "AnchorNet: steps": {f"{budget:g}x": arm for budget, arm in sorted(
+            (arm.budget, name) for name, arm in ARMS.items()
+            if arm.backbone == "anchornet" and arm.loss in (None, RECIPES["anchornet"].loss))},
+    }  # fmt: skip
+    found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
+             for title, group in groups.items()}  # fmt: skip
+    return {title: group for title, group in found.items() if len(group) > 1}
+
+
+def located(row):
+    """The localisation figures of a row, as ``localisation.pose_errors`` gives them."""
+    return {name.removeprefix("localised_"): value for name, value in row.items() if name.startswith("localised_")}
+
+
+def place_cells(place):
+    """Localisation figures as texts for a table."""
+    return [f"{100 * place['translation']:.1f}", f"{place['rotation']:.2f}", f"{place['within_5cm_5deg']:.0%}",
+            f"{place['within_2cm_2deg']:.0%}", f"{place['milliseconds']:.0f}"]  # fmt: skip
+
+
+def _best(rows):
+    return {scene: min((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
+            for scene in dict.fromkeys(row["scene"] for row in rows)}  # fmt: skip
 
 
 def _compare(rows, text, better, worse):
@@ -188,11 +282,12 @@ def _row(metrics):
     own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
     depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
     first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
-    unpretrained = metrics["weights"] == "random" and not metrics["arm"].endswith("scratch")
+    unpretrained = metrics["weights"] == "random" and ARMS[metrics["arm"]].start != "scratch"
     label = metrics["arm"] + (" (random weights)" if unpretrained else "")
     baseline = metrics["mean_point"]["mse"]
+    localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}
     return {**first, "label": label, "unpretrained": unpretrained, **own, "mean_point_mse": baseline, **depth,
-            **metrics["size"], **metrics["timing"]}  # fmt: skip
+            **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
 
 
 def _short(value):

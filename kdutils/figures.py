@@ -14,7 +14,8 @@ from kdutils import geometry
 MOST_POINTS = 20_000  # of an interactive cloud: a third of a megabyte in the notebook
 _LEVELS = 6  # grey levels a channel of the colours that an interactive cloud uses
 TEST, TRAIN = "#d1495b", "#30638e"
-BACKBONE_COLOURS = {"cnn": "#8d99ae", "mobilenet": "#edae49", "vit": "#30638e"}
+BACKBONE_COLOURS = {"cnn": "#8a6d9b", "mobilenet": "#edae49", "vit": "#30638e", "anchornet": "#d1495b",
+                    "original": "#66a182"}  # fmt: skip
 
 
 def frame_grid(images, depths, titles, width=2.4):
@@ -185,19 +186,35 @@ def results(rows, baseline=None, paper=None):
     return figure
 
 
-def size_against_error(rows):
-    """Megabytes of each student against its median error to the depth camera."""
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+def cost_against_error(rows):
+    """Each student's size and latency against its median error to the depth camera, all axes logarithmic."""
+    figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", sharey=True)
     markers = {scene: mark for scene, mark in zip(sorted({row["scene"] for row in rows}), "osD^vP*")}
     for row in rows:
-        axis.plot(row["megabytes"], 100 * row["depth_median"], markers.get(row["scene"], "o"),
-                  color=_colour(row["arm"]), alpha=_strength(row["arm"]))  # fmt: skip
+        for axis, cost in zip(axes, ("megabytes", "latency_ms")):
+            axis.plot(row[cost], 100 * row["depth_median"], markers.get(row["scene"], "o"),
+                      color=_colour(row["arm"]), alpha=_strength(row["arm"]))  # fmt: skip
     for scene, mark in markers.items():
-        axis.plot([], [], mark, color="black", label=scene)
-    for backbone, colour in BACKBONE_COLOURS.items():
-        axis.plot([], [], "s", color=colour, label=backbone)
-    axis.set(xlabel="student size in MB", ylabel="median error to depth in cm")
-    axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+        axes[1].plot([], [], mark, color="black", label=scene)
+    for backbone in dict.fromkeys(_backbone(row["arm"]) for row in rows):
+        axes[1].plot([], [], "s", color=BACKBONE_COLOURS[backbone], label=backbone)
+    axes[0].set(xlabel="size in MB at 32 bits", ylabel="median error to depth in cm", xscale="log", yscale="log")
+    axes[1].set(xlabel="latency in ms for one image", xscale="log")
+    axes[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    return figure
+
+
+def ablations(groups):
+    """Bars of test MSE, one panel a group; ``groups`` maps a title to a mapping of settings to MSE in m²."""
+    widths = [len(group) for group in groups.values()]
+    figure, axes = plt.subplots(1, len(groups), figsize=(0.9 * sum(widths) + 1.5, 3.4), layout="constrained",
+                                squeeze=False, sharey=True, width_ratios=widths)  # fmt: skip
+    for axis, (title, group) in zip(axes[0], groups.items()):
+        bars = axis.bar(list(group), list(group.values()), color=TRAIN, width=0.7)
+        axis.bar_label(bars, fmt="%.3f", fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
+    axes[0, 0].set(ylabel="test MSE in m² per coordinate", yscale="log")
     return figure
 
 
@@ -335,8 +352,12 @@ def _open3d_cloud(open3d, points, colours):
     return geometry_
 
 
+def _backbone(arm):
+    return next(backbone for backbone in BACKBONE_COLOURS if arm.startswith(backbone))
+
+
 def _colour(arm):
-    return next(colour for backbone, colour in BACKBONE_COLOURS.items() if arm.startswith(backbone))
+    return BACKBONE_COLOURS[_backbone(arm)]
 
 
 def _strength(arm):
@@ -344,7 +365,7 @@ def _strength(arm):
 
 
 def _line_style(arm):
-    return {"frozen": ":", "unfrozen": "-", "scratch": "--"}[arm.split("-")[1]]
+    return {"frozen": ":", "scratch": "--"}.get(arm.split("-")[1], "-")
 
 
 def _bare(figure, axes):

@@ -1,6 +1,7 @@
 """The one place for settings: what a study is, its presets, and where its artefacts lie."""
 
 import os
+import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,25 +18,85 @@ class Arm:
     """One student of the study: a backbone, how it starts, and what of it learns.
 
     ``start`` is "scratch" (random), "frozen" (pretrained, only the head learns) or "unfrozen" (pretrained, all learns).
+    ``loss`` and ``budget``, in shares of the preset's, take the place of the recipe's.
     """
 
     name: str
     backbone: str
     start: str
     patch: int | None = None
+    loss: str | None = None
+    budget: float = 1.0
+
+
+def _by_name(*arms):
+    return {arm.name: arm for arm in arms}
 
 
 STARTS = ("frozen", "unfrozen", "scratch")
-ARMS = {
-    arm.name: arm
-    for arm in (
-        Arm("cnn-scratch", "cnn", "scratch"),
-        *(Arm(f"mobilenet-{start}", "mobilenet", start) for start in STARTS),
-        *(Arm(f"vit{patch}-{start}", "vit", start, patch) for patch in (16, 32, 64) for start in STARTS),
-    )
+PAPER_ARMS = _by_name(
+    Arm("cnn-scratch", "cnn", "scratch"),
+    *(Arm(f"mobilenet-{start}", "mobilenet", start) for start in STARTS),
+    *(Arm(f"vit{patch}-{start}", "vit", start, patch) for patch in (16, 32, 64) for start in STARTS),
+)
+OWN_ARMS = _by_name(
+    Arm("anchornet-scratch", "anchornet", "scratch"),
+    Arm("anchornet-long", "anchornet", "scratch", budget=8),
+)
+ORIGINAL_ARMS = _by_name(
+    Arm("original-mobilenet", "original-mobilenet", "unfrozen"),
+    Arm("original-cnn", "original-cnn", "scratch"),
+)
+ABLATION_LOSSES = ("mse", "l1", "huber", "confidence", "laplace", "laplace+mse", "laplace+mse+0.01*reprojection")
+ABLATION_ARMS = _by_name(
+    *(Arm("-".join(["anchornet", *re.findall("[a-z][a-z0-9]+", loss)]), "anchornet", "scratch", None, loss, 0.25)
+      for loss in ABLATION_LOSSES),
+    Arm("anchornet-half", "anchornet", "scratch", budget=0.5),
+    Arm("anchornet-eighth", "anchornet", "scratch", budget=0.125),
+)  # fmt: skip
+ARMS = {**PAPER_ARMS, **OWN_ARMS, **ORIGINAL_ARMS, **ABLATION_ARMS}
+VIT_ARMS = tuple(name for name, arm in PAPER_ARMS.items() if arm.backbone == "vit")
+CNN_ARMS = tuple(name for name in ARMS if name not in VIT_ARMS)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Largest changes; see ``augmentation.Examples.augmented``."""
+
+    rotation: float = 0.0
+    zoom: float = 0.0
+    shift: float = 0.0
+    colour: float = 0.0
+    blur: float = 0.0
+    travel: float = 0.0
+    look: float = 0.0
+
+
+MILD = Augmentation(rotation=4, zoom=0.1, shift=0.06, colour=0.15)  # for ten epochs
+STRONG = Augmentation(rotation=30, zoom=0.5, shift=0.2, colour=0.2, blur=0.7, travel=0.5, look=15)  # for hundreds
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a kind of student learns: AdamW, which loss and schedule ("cosine" or "constant"), augmented or not."""
+
+    learning_rate: float
+    loss: str = "mse"  # see losses.choose
+    augmented: bool = True
+    schedule: str = "cosine"
+    weight_decay: float = 0.01
+    averaged: bool = False  # the student is the running mean of its weights in the second half
+
+
+RECIPES = {
+    "cnn": Recipe(2e-3),
+    "mobilenet": Recipe(2e-3),
+    "vit": Recipe(5e-4),
+    "frozen": Recipe(3e-3),  # the head alone, on a frozen backbone
+    "anchornet": Recipe(3e-3, "laplace+mse", averaged=True),
+    "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0),
+    "original-mobilenet": Recipe(1e-3, augmented=False, schedule="constant", weight_decay=0.0),
 }
-CNN_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone != "vit")
-VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone == "vit")
 
 
 @dataclass(frozen=True)
@@ -49,36 +110,43 @@ class Preset:
     most_test: int
     pair_graph: str  # overlap, or by the order of capture: swin, logwin, oneref, complete
     window: int  # of swin and logwin
-    steps: int  # optimiser steps of every arm
+    steps: int  # an arm's budget: at most so many optimiser steps
     batch: int
-    validate_every: int  # steps
-    learning_rates: dict[str, float]  # by backbone; "frozen" is for the head alone, on a frozen one
-    first_scene_arms: tuple[str, ...] = tuple(ARMS)
-    other_scene_arms: tuple[str, ...] = tuple(ARMS)
+    validations: int  # in the course of an arm's training
+    first_scene_arms: tuple[str, ...]
+    other_scene_arms: tuple[str, ...]
+    seconds: float | None = None  # an arm's budget: at most so long
+    augmentation: Augmentation = MILD
+    bfloat16: tuple[str, ...] = ("cuda",)  # kinds of device that train with it
     vit_blocks: int = 12  # the paper has ViTs of 4 and of 12
     teacher: str = "depth"
     other_teacher: str = "depth"  # where DUSt3R's checkpoint cannot be had
-    weight_decay: float = 0.01
     validation_share: float = 0.15  # of each training sequence, its end
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
+    compile: bool = False  # torch.compile: for budgets of many minutes
+    deterministic: bool = False  # on CUDA, at a price; the CPU always is
 
 
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
-    pair_graph="overlap", window=3, vit_blocks=4, steps=200, batch=8, validate_every=50,
-    learning_rates={"cnn": 2e-3, "mobilenet": 2e-3, "vit": 5e-4, "frozen": 3e-3},
-    other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch"),
+    pair_graph="overlap", window=3, vit_blocks=4, steps=200, batch=8, validations=4,
+    first_scene_arms=tuple(name for name in ARMS if name not in ("anchornet-long", "original-cnn")),
+    other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch", "anchornet-scratch"),
 )  # fmt: skip
 PRESETS = {
     "smoke": replace(
-        _SAMPLE, scenes=("kitchen",), render_every=8, most_train=24, most_test=8, steps=4, batch=4,
-        validate_every=2,
+        _SAMPLE, scenes=("kitchen",), render_every=8, most_train=24, most_test=8, steps=4, batch=4, validations=2,
     ),
     "sample": _SAMPLE,
+    "hour": replace(
+        _SAMPLE, scenes=("kitchen",), size=(120, 160), most_train=400, seconds=150, steps=100_000, batch=16,
+        validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
+        first_scene_arms=("cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS),
+    ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, steps=20_000, batch=16, validate_every=500,
-        other_scene_arms=tuple(ARMS), vit_blocks=12, teacher="dust3r",
+        most_train=1000, most_test=400, steps=100_000, seconds=60, batch=16, validations=20, augmentation=STRONG,
+        first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS), vit_blocks=12, teacher="dust3r",
     ),
 }  # fmt: skip
 
@@ -173,5 +241,6 @@ def pick_device(device="auto"):
             raise ValueError(f"device {device!r} is not to be had here: use auto or cpu")
         return torch.device(device)
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        place = os.environ.get("LOCAL_RANK")  # torchrun's: one device each
+        return torch.device("cuda" if place is None else f"cuda:{place}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

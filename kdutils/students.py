@@ -1,12 +1,14 @@
 """The students: one RGB image in, one 3D point in the world frame for every pixel out.
 
-All share the same end, a pixel-shuffle head, and differ in what comes before it: a plain CNN, MobileNetV3-Large or a
-Vision Transformer (the arms of arXiv 2412.02039). Backbones and their pretrained weights are timm's.
+The arms of arXiv 2412.02039 share the same end, a pixel-shuffle head, and differ in what comes before it: a plain CNN,
+MobileNetV3-Large or a Vision Transformer. Backbones and their pretrained weights are timm's. The study's own student is
+in ``anchornet``, the two of the original study's code in ``original``.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 from urllib.request import Request, urlopen
 
 import timm
@@ -17,12 +19,15 @@ from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from torch import nn
 
+from kdutils import anchornet, original
+
 # timm's names; the hub's repository is the same under "timm/".
 TIMM_MODELS = {
     "mobilenet": "mobilenetv3_large_100.ra_in1k",
     "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
 }
 HUB_SECONDS = 5
+LEAST_LOG_SCALE = -6.0  # 2.5 mm: nothing here is known better
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,26 @@ class Weights:
     path: str | None = None
 
 
-class Student(nn.Module):
-    """Backbone, pixel-shuffle head, and the step from the network's unit to metres in the world frame.
+class Prediction(NamedTuple):
+    """World points ``(B, 3, H, W)`` in metres, and the logarithm of their uncertainty in metres, or None.
 
-    Takes images ``(B, 3, H, W)`` in [0, 1] and returns world points ``(B, 3, H, W)`` in metres, predicted as offsets
-    from the scene's centre in units of its extent.
+    The uncertainty ``(B, 1, H, W)`` is the expected distance between a predicted and a true point.
     """
 
-    def __init__(self, backbone, size):
+    points: torch.Tensor
+    log_scale: torch.Tensor | None
+
+
+class Student(nn.Module):
+    """Backbone, head, and the step from the network's unit to metres in the world frame.
+
+    Takes images ``(B, 3, H, W)`` in [0, 1] and returns a ``Prediction``, made of offsets from the scene's centre in
+    units of its extent.
+    """
+
+    def __init__(self, backbone, head, size):
         super().__init__()
-        self.backbone = backbone
-        self.head = PixelShuffleHead(backbone.channels, backbone.stride)
+        self.backbone, self.head = backbone, head
         self.size = tuple(size)
         self.frozen = False
         self.register_buffer("centre", torch.zeros(3))
@@ -54,6 +68,8 @@ class Student(nn.Module):
         """Set the scene's centre and extent from labelled world points ``(M, 3)`` in metres."""
         self.centre.copy_(points.mean(0))
         self.extent.copy_((points - self.centre).square().mean().sqrt())
+        if hasattr(self.head, "place"):
+            self.head.place((points - self.centre) / self.extent)
         return self
 
     def freeze_backbone(self):
@@ -70,12 +86,13 @@ class Student(nn.Module):
 
     def forward(self, images):
         height, width = images.shape[-2:]
-        stride = self.backbone.stride
-        padded = F.pad(images, (0, -width % stride, 0, -height % stride), mode="replicate")
+        multiple = self.backbone.multiple
+        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             features = self.backbone(padded)
-        offsets = self.head(features)[..., :height, :width]
-        return self.centre[:, None, None] + self.extent * offsets.float()
+        said = self.head(features)[..., :height, :width].float()
+        points = self.centre[:, None, None] + self.extent * said[:, :3]
+        return Prediction(points, said[:, 3:].clamp(min=LEAST_LOG_SCALE) if said.shape[1] > 3 else None)
 
 
 class PixelShuffleHead(nn.Module):
@@ -86,13 +103,13 @@ class PixelShuffleHead(nn.Module):
 
     coarse = 4
 
-    def __init__(self, channels, stride, hidden=256):
+    def __init__(self, channels, stride, outputs=3, hidden=256):
         super().__init__()
         self.shuffle = stride // self.coarse
         self.mix = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.GELU())
         # A 1x1 convolution written as a matrix product, which is far faster on a grid of few large patches.
-        self.points = nn.Linear(hidden, 3 * self.shuffle**2)
-        self.refine = nn.Conv2d(3, 3, 3, padding=1, padding_mode="replicate")
+        self.points = nn.Linear(hidden, outputs * self.shuffle**2)
+        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, padding_mode="replicate")
 
     def forward(self, features):
         patches = self.points(self.mix(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -104,7 +121,7 @@ class PixelShuffleHead(nn.Module):
 class VanillaCNN(nn.Module):
     """Plain 5x5 convolutions: four that halve the resolution, then three that see far around."""
 
-    stride, channels = 16, 128
+    stride, multiple, channels = 16, 16, 128
 
     def __init__(self):
         super().__init__()
@@ -120,7 +137,7 @@ class VanillaCNN(nn.Module):
 class MobileNet(nn.Module):
     """MobileNetV3-Large up to stride 16 (112 channels)."""
 
-    stride, channels = 16, 112
+    stride, multiple, channels = 16, 16, 112
 
     def __init__(self):
         super().__init__()
@@ -144,7 +161,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, size, patch, blocks=12):
         super().__init__()
-        self.stride, self.blocks = patch, blocks
+        self.stride, self.multiple, self.blocks = patch, patch, blocks
         self.size = tuple(-(-side // patch) * patch for side in size)
         self.body = self._create()
         self.normalise = Normalise(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
@@ -177,29 +194,42 @@ class Normalise(nn.Module):
         return (images - self.mean) / self.deviation
 
 
-def build(arm, size, weights="auto", vit_blocks=12):
+def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
     """A student for one arm of the study, freshly started.
 
     Args:
         arm: ``settings.Arm``.
         size: (height, width) of the images in pixels.
-        vit_blocks: of a ViT's twelve, those that are used.
         weights: "auto" (timm's hub), or a folder with ``TIMM_NAME.safetensors``, or such a file.
+        vit_blocks: of a ViT's twelve, those that are used.
+        uncertainty: whether a pixel-shuffle head predicts it; the own arm's always does, the original study's never.
 
     Returns:
         The student and the ``Weights`` that it started from.
     """
-    backbone = {"cnn": VanillaCNN, "mobilenet": MobileNet}.get(arm.backbone)
-    backbone = backbone() if backbone else VisionTransformer(size, arm.patch, vit_blocks)
-    student = Student(backbone, size)
+    backbone = BACKBONES[arm.backbone](arm, size, vit_blocks)
+    head = HEADS.get(arm.backbone, partial(PixelShuffleHead, outputs=3 + uncertainty))
+    student = Student(backbone, head(backbone.channels, backbone.stride), size)
     if arm.start == "scratch":
         return student, Weights("random", "random weights, as this arm asks for")
-    found = find_weights(arm.backbone, weights)
+    found = find_weights(arm.backbone.removeprefix("original-"), weights)
     if found.path:
         student.backbone.load(found.path)
     if arm.start == "frozen":
         student.freeze_backbone()
     return student, found
+
+
+BACKBONES = {
+    "cnn": lambda arm, size, blocks: VanillaCNN(),
+    "mobilenet": lambda arm, size, blocks: MobileNet(),
+    "vit": lambda arm, size, blocks: VisionTransformer(size, arm.patch, blocks),
+    "anchornet": lambda arm, size, blocks: anchornet.AnchorPyramid(size),
+    "original-cnn": lambda arm, size, blocks: original.OriginalCNN(),
+    "original-mobilenet": lambda arm, size, blocks: MobileNet(),
+}
+HEADS = {"anchornet": anchornet.AnchorHead, "original-cnn": original.OriginalCNNHead,
+         "original-mobilenet": original.OriginalMobileNetHead}  # fmt: skip
 
 
 def find_weights(backbone, weights="auto"):

@@ -1,52 +1,29 @@
-"""Training one student on one scene's labels: masked mean squared error, AdamW, cosine schedule.
+"""Training one student on one scene's labels: everything on the device, within a budget of steps or of seconds.
 
 Batches and augmentation are a function of seed and step alone, so a run that was killed goes on exactly where it was.
+Started by torchrun, several processes share each batch (Hugging Face Accelerate joins them).
 """
 
 import math
+import os
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel
 
-from kdutils import artefacts, students
+from kdutils import artefacts, losses, students
+from kdutils.augmentation import DRAWS
+from kdutils.settings import RECIPES, Augmentation, Recipe
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the run, the cause and a remedy."""
-
-
-@dataclass
-class Examples:
-    """Images with their labels, resident on one device.
-
-    ``images (N, 3, H, W)`` uint8; ``points (N, 3, H, W)`` world points in metres; ``mask (N, 1, H, W)`` bool, True
-    where there is a label.
-    """
-
-    images: torch.Tensor
-    points: torch.Tensor
-    mask: torch.Tensor
-
-    @classmethod
-    def of(cls, images, points, mask, device="cpu"):
-        """From arrays ``images (N, H, W, 3)`` uint8, ``points (N, H, W, 3)`` and ``mask (N, H, W)``."""
-        first = (torch.from_numpy(np.array(array)).to(device).permute(0, 3, 1, 2) for array in (images, points))
-        return cls(*(array.contiguous() for array in first), torch.from_numpy(np.array(mask)).to(device)[:, None])
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        return Examples(self.images[index], self.points[index], self.mask[index])
-
-    def labelled_points(self):
-        """All labelled points ``(M, 3)``."""
-        return self.points.permute(0, 2, 3, 1)[self.mask[:, 0]]
 
 
 def split_validation(sequence, share):
@@ -70,66 +47,20 @@ def split_validation(sequence, share):
     return np.concatenate(train), np.concatenate(validation)
 
 
-def masked_mse(predicted, points, mask):
-    """Mean squared error per coordinate in m², over labelled pixels (the paper's loss and figure).
-
-    Args:
-        predicted, points: ``(B, 3, H, W)`` in metres.
-        mask: ``(B, 1, H, W)`` bool.
-    """
-    squared = torch.where(mask, (predicted - points) ** 2, 0)  # not a product: what is masked may be NaN
-    return squared.sum() / (3 * mask.sum().clamp(min=1))
-
-
-def augment(examples, generator, rotation=4.0, zoom=0.1, shift=0.06, colour=0.15):
-    """Another view of the same pixels: image, points and mask turn, zoom, shift together; the points keep their values.
-
-    There is no mirroring: it would show a room that does not exist.
-
-    Args:
-        examples: a batch.
-        generator: on the CPU, so that every device draws the same.
-        rotation: in the image plane, degrees. zoom: largest, as a share. shift: share of the image. colour: gain.
-
-    Returns:
-        images ``(B, 3, H, W)`` in [0, 1], points, mask.
-    """
-    count, device = len(examples), examples.images.device
-
-    def draw(*shape):
-        return (2 * torch.rand(count, *shape, generator=generator) - 1).to(device)
-
-    height, width = examples.images.shape[-2:]
-    angle, size = torch.deg2rad(rotation * draw()), torch.exp(zoom * draw())
-    cosine, sine, aspect = size * angle.cos(), size * angle.sin(), width / height
-    motion = shift * draw(2)
-    theta = torch.stack(
-        [
-            torch.stack([cosine, -sine / aspect, motion[:, 0]], -1),
-            torch.stack([sine * aspect, cosine, motion[:, 1]], -1),
-        ],
-        dim=1,
-    )
-    grid = F.affine_grid(theta, (count, 1, height, width), align_corners=False)
-    images = F.grid_sample(examples.images.float() / 255, grid, padding_mode="border", align_corners=False)
-    # Nearest: a mean of two points across an edge would lie on neither surface.
-    labels = torch.cat([examples.points, examples.mask.float()], dim=1)
-    labels = F.grid_sample(labels, grid, mode="nearest", align_corners=False)
-    gain = 1 + colour * (draw(1, 1, 1) + 0.4 * draw(3, 1, 1))
-    images = (images * gain + 0.3 * colour * draw(1, 1, 1)).clamp(0, 1)
-    return images, labels[:, :3], labels[:, 3:] > 0.5
-
-
 @dataclass(frozen=True)
 class Plan:
-    """How long and how fast one student learns."""
+    """How one student learns, and how long: to the end of its ``steps`` or ``seconds``, whichever comes first."""
 
+    recipe: Recipe
     steps: int
+    seconds: float | None
     batch: int
-    learning_rate: float
-    weight_decay: float
-    validate_every: int
+    validations: int
     seed: int
+    augmentation: Augmentation | None = None
+    bfloat16: tuple[str, ...] = ("cuda",)
+    compile: bool = False
+    deterministic: bool = False
 
 
 def arm_seed(study_seed, arm):
@@ -139,31 +70,39 @@ def arm_seed(study_seed, arm):
 
 def plan_for(study, arm):
     """The preset's plan for one arm (``settings.Arm``)."""
-    preset = study.preset
-    rate = preset.learning_rates["frozen" if arm.start == "frozen" else arm.backbone]
-    return Plan(preset.steps, preset.batch, rate, preset.weight_decay, preset.validate_every,
-                arm_seed(study.seed, arm.name))  # fmt: skip
+    preset, recipe = study.preset, RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
+    recipe = replace(recipe, loss=arm.loss or recipe.loss)
+    seconds = preset.seconds and preset.seconds * arm.budget
+    return Plan(recipe, max(1, round(preset.steps * arm.budget)), seconds, preset.batch, preset.validations,
+                arm_seed(study.seed, arm.name), preset.augmentation if recipe.augmented else None,
+                preset.bfloat16, preset.compile, preset.deterministic)  # fmt: skip
 
 
-def run_arm(study, arm, examples, train_index, validation_index, inputs, weights="auto", progress=None):
+def run_arm(study, arm, examples, train_index, validation_index, inputs, weights="auto", progress=None, plan=None):
     """Train one arm, or find it trained, or go on where it was killed.
 
     Args:
         study, arm: ``settings.Study`` and ``settings.Arm``.
-        examples: all of the scene's, on the study's device.
+        examples: ``augmentation.Examples``, all of the scene's, for the study's device.
         train_index, validation_index: frames to learn from and to pick the checkpoint by.
         inputs: digest of the labels; a run on other labels is made anew.
         weights: see ``students.find_weights``.
-        progress: callable(step, steps, text).
+        progress: callable(done, total, text), in steps, or in seconds where those are the budget.
+        plan: by default the preset's.
 
     Returns:
         The trained student (its best checkpoint) and the run's manifest.
+
+    Raises:
+        TrainingError: the loss is no longer finite.
     """
-    folder, plan = study.run_folder(arm.name), plan_for(study, arm)
+    folder, plan = study.run_folder(arm.name), plan or plan_for(study, arm)
     torch.manual_seed(plan.seed)
-    student, origin = students.build(arm, study.preset.size, weights, study.preset.vit_blocks)
-    settings = {"arm": asdict(arm), "plan": asdict(plan), "inputs": inputs, "size": list(study.preset.size),
-                "vit_blocks": study.preset.vit_blocks, "weights": origin.note, "device": study.device.type}  # fmt: skip
+    uncertainty = losses.needs_uncertainty(plan.recipe.loss)
+    student, origin = students.build(arm, examples.size, weights, study.preset.vit_blocks, uncertainty)
+    settings = {"arm": asdict(arm), "plan": asdict(plan), "inputs": inputs, "size": list(examples.size),
+                "vit_blocks": study.preset.vit_blocks, "weights": origin.note, "device": study.device.type,
+                "weights_digest": origin.path and artefacts.file_digest(origin.path)}  # fmt: skip
     student.to(study.device)
     if artefacts.manifest_matches(folder / "student.json", settings):
         student.load_state_dict(load_file(folder / "student.safetensors", device=str(study.device)))
@@ -172,12 +111,15 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
         print(f"{arm.name}: starts from {origin.note}")
     student.place(examples[train_index].labelled_points())
     run = _Run(folder, settings, student, plan, progress)
-    seconds = run.fit(examples, torch.as_tensor(train_index), torch.as_tensor(validation_index))
-    save_student(student, folder / "student.safetensors")
+    run.fit(examples, torch.as_tensor(train_index), torch.as_tensor(validation_index))
     manifest = {"settings": settings, "best_step": run.best["step"], "best_validation_mse": run.best["mse"],
-                "history": run.history, "seconds": seconds, "weights_origin": origin.origin}  # fmt: skip
-    artefacts.write_json(folder / "student.json", manifest)
-    run.state_path.unlink(missing_ok=True)
+                "history": run.history, "seconds": run.seconds, "steps": run.step,
+                "images_per_second": run.step * min(plan.batch, len(train_index)) / run.learning_seconds,
+                "weights_origin": origin.origin}  # fmt: skip
+    if RANK == 0:
+        save_student(student, folder / "student.safetensors")
+        artefacts.write_json(folder / "student.json", manifest)
+        run.state_path.unlink(missing_ok=True)
     return student.eval(), manifest
 
 
@@ -193,87 +135,156 @@ class _Run:
     def __init__(self, folder, settings, student, plan, progress):
         self.student, self.plan, self.settings = student, plan, settings
         self.progress = progress or (lambda *_: None)
+        self.loss, self.device = losses.choose(plan.recipe.loss), next(student.parameters()).device
         self.state_path = folder / "training.pt"
         folder.mkdir(parents=True, exist_ok=True)
-        self.step, self.history, self.seconds = 0, [], 0.0
+        self.step, self.history, self.seconds, self.learning_seconds = 0, [], 0.0, 0.0
         self.best = {"mse": math.inf, "step": 0, "student": None}
         learning = [p for p in student.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(learning, lr=plan.learning_rate, weight_decay=plan.weight_decay, fused=True)
+        self.optimiser = torch.optim.AdamW(learning, lr=plan.recipe.learning_rate,
+                                           weight_decay=plan.recipe.weight_decay, fused=True)  # fmt: skip
+        averaged = plan.recipe.averaged
+        self.mean = AveragedModel(student, multi_avg_fn=_recent_mean, use_buffers=True) if averaged else None
         self._resume()
 
     def fit(self, examples, train_index, validation_index):
-        device = examples.images.device
-        if device.type == "cuda":
-            torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = not self.plan.deterministic
+        torch.use_deterministic_algorithms(self.plan.deterministic, warn_only=True)
         self.student.to(memory_format=torch.channels_last)
-        validation = examples[validation_index.to(device)]
-        started, before, losses = time.perf_counter(), self.seconds, []
-        while self.step < self.plan.steps:
-            losses.append(self._learn(examples, train_index))
+        self.learner = _joined(torch.compile(self.student) if self.plan.compile else self.student, self.device)
+        self.started, self.before = time.perf_counter(), self.seconds
+        done = self._done()
+        due, summed, count, shown = self._next_validation(done), 0.0, 0, 0.0
+        while done < 1:
+            summed, count = summed + self._learn(examples, train_index, done), count + 1
             self.step += 1
-            if self.step % self.plan.validate_every == 0 or self.step == self.plan.steps:
-                self._validate(validation, float(torch.stack(losses).mean()))
-                losses = []
-                self.seconds = before + time.perf_counter() - started
-                self._save()
+            if time.perf_counter() - shown > 1:  # asking for the loss makes the device's queue run dry
+                shown = time.perf_counter()
+                self._report(done, f"loss {float(summed) / count:.4f}")
+            done = self._done()
+            if done >= due:
+                self.learning_seconds += time.perf_counter() - self.started - (self.seconds - self.before)
+                self._validate(examples, validation_index, float(summed) / count, done)
+                due, summed, count = self._next_validation(done), 0.0, 0
         self.student.load_state_dict(self.best["student"])
-        return self.seconds
 
-    def _learn(self, examples, train_index):
+    def _done(self):
+        """The share of the budget that is used up, the same in every process: all have to ask equally often."""
+        by_steps = self.step / self.plan.steps
+        if not self.plan.seconds:
+            return by_steps
+        spent = self.before + time.perf_counter() - self.started
+        if RANKS > 1:
+            spent = torch.tensor(spent, device=self.device)
+            torch.distributed.broadcast(spent, 0)
+        return max(by_steps, float(spent) / self.plan.seconds)
+
+    def _next_validation(self, done):
+        """The share of the budget at which the next validation is due."""
+        return min(1, (math.floor(done * self.plan.validations + 1e-9) + 1) / self.plan.validations)
+
+    def _learn(self, examples, train_index, done):
         generator = torch.Generator().manual_seed(hash((self.plan.seed, self.step)) % 2**63)
-        chosen = train_index[_batch(len(train_index), self.plan, self.step)].to(examples.images.device)
-        images, points, mask = augment(examples[chosen], generator)
+        mine = slice(RANK, None, RANKS)
+        chosen = train_index[_batch(len(train_index), self.plan, self.step)]
+        batch = examples[chosen[mine]]
+        if self.plan.augmentation:
+            draws = 2 * torch.rand(len(chosen), DRAWS, generator=generator) - 1
+            batch = batch.augmented(draws[mine], **asdict(self.plan.augmentation))
+        else:
+            batch = batch.batch()
         self.student.train()
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.plan, self.step)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-            predicted = self.student(images.contiguous(memory_format=torch.channels_last))
-        loss = masked_mse(predicted, points, mask)
+            group["lr"] = learning_rate(self.plan.recipe, done)
+        with half_precision(self.device, self.plan.bfloat16):
+            prediction = self.learner(batch.images.contiguous(memory_format=torch.channels_last))
+        loss = self.loss(prediction, batch)
         self.optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimiser.step()
+        if self.mean and done >= 0.5:
+            self.mean.update_parameters(self.student)
         return loss.detach()
 
-    def _validate(self, validation, train_mse):
-        if not math.isfinite(train_mse):
+    def _validate(self, examples, validation_index, train_loss, done):
+        student = self.mean.module if self.mean and self.mean.n_averaged else self.student
+        mse = validation_mse(student, examples, validation_index)
+        if not math.isfinite(train_loss + mse):
             raise TrainingError(
                 f"{self.state_path.parent.name}: the loss is no longer finite at step {self.step}. "
                 "Check the labels or lower the learning rate; the state of the last validation is kept."
             )
-        predicted = predict(self.student, validation.images)
-        mse = float(masked_mse(predicted, validation.points, validation.mask))
-        self.history.append({"step": self.step, "train_mse": train_mse, "validation_mse": mse})
+        self.history.append({"step": self.step, "train_loss": train_loss, "validation_mse": mse})
         if mse < self.best["mse"]:
-            state = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
+            state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
             self.best = {"mse": mse, "step": self.step, "student": state}
-        self.progress(self.step, self.plan.steps, f"validation {mse:.4f} m²")
+        self.seconds = self.before + time.perf_counter() - self.started
+        self._report(done, f"loss {train_loss:.4f}, validation {mse:.4f} m²")
+        if RANK == 0:
+            self._save()
+
+    def _report(self, done, text):
+        rate = self.plan.batch * self.step / max(self.before + time.perf_counter() - self.started, 1e-9)
+        total = self.plan.seconds or self.plan.steps
+        if RANK == 0:
+            self.progress(min(total, round(done * total)), total, f"{text}, {rate:.0f} images/s")
 
     def _save(self):
         state = {"settings": artefacts.digest(self.settings), "step": self.step, "seconds": self.seconds,
-                 "history": self.history, "best": self.best, "student": self.student.state_dict(),
-                 "optimiser": self.optimiser.state_dict()}  # fmt: skip
+                 "learning_seconds": self.learning_seconds, "history": self.history, "best": self.best,
+                 "student": self.student.state_dict(), "optimiser": self.optimiser.state_dict(),
+                 "mean": self.mean and self.mean.state_dict()}  # fmt: skip
         artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
     def _resume(self):
         if not self.state_path.exists():
             return
-        device = next(self.student.parameters()).device
-        state = torch.load(self.state_path, map_location=device, weights_only=True)
+        state = torch.load(self.state_path, map_location=self.device, weights_only=True)
         if state["settings"] != artefacts.digest(self.settings):
             return
         self.student.load_state_dict(state["student"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.history, self.seconds = state["step"], state["history"], state["seconds"]
-        self.best = state["best"]
+        if self.mean:
+            self.mean.load_state_dict(state["mean"])
+        self.step, self.history, self.best = state["step"], state["history"], state["best"]
+        self.seconds, self.learning_seconds = state["seconds"], state["learning_seconds"]
 
 
-def learning_rate(plan, step):
-    """Linear warm-up over a twentieth of the steps, then half a cosine to zero."""
-    warm_up = max(1, plan.steps // 20)
-    if step < warm_up:
-        return plan.learning_rate * (step + 1) / warm_up
-    return plan.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, plan.steps - warm_up)))
+def learning_rate(recipe, done):
+    """Constant, or a linear warm-up over a twentieth of the budget and then half a cosine to zero.
+
+    Args:
+        done: share of the budget that is used up, in [0, 1].
+    """
+    warm_up = 0.05
+    if recipe.schedule == "constant":
+        return recipe.learning_rate
+    if done < warm_up:
+        return recipe.learning_rate * (0.02 + done) / (0.02 + warm_up)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+
+def _recent_mean(mean, weights, count):
+    """Moves a mean towards the latest weights: over about the last tenth of the steps, however many there are."""
+    if mean[0].is_floating_point():  # polynomial-decay averaging (Shamir and Zhang, arXiv 1212.1824, section 4)
+        torch._foreach_lerp_(mean, weights, 10 / (float(count) + 10))
+    else:
+        torch._foreach_copy_(mean, weights)
+
+
+def _joined(student, device):
+    """The student as it is, or joined with its copies in the other processes that torchrun started."""
+    if RANKS == 1:
+        return student
+    from accelerate import Accelerator  # not everywhere, and needed only here
+
+    return Accelerator(cpu=device.type == "cpu").prepare_model(student)
+
+
+def half_precision(device, kinds=("cuda",)):
+    """bfloat16 on these kinds of device; weights, heads' ends and losses stay in single precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in kinds)
 
 
 def _batch(count, plan, step):
@@ -286,9 +297,32 @@ def _batch(count, plan, step):
 
 
 @torch.no_grad()
-def predict(student, images, batch=32):
-    """World points ``(N, 3, H, W)`` in metres for images ``(N, 3, H, W)`` uint8."""
+def validation_mse(student, examples, index):
+    """Mean squared error per coordinate in m² over the frames ``index``, as they were taken."""
     student.eval()
-    parts = images.split(batch)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
-        return torch.cat([student(part.float() / 255) for part in parts])
+    squared = count = 0
+    for part in torch.as_tensor(index).split(_frames_at_once(examples.size)):
+        frames = examples[part].batch()
+        with half_precision(examples.device):
+            points = student(frames.images).points
+        squared += float(torch.where(frames.mask, (points - frames.points) ** 2, 0).sum())
+        count += 3 * int(frames.mask.sum())
+    return squared / max(count, 1)
+
+
+@torch.no_grad()
+def predict(student, images):
+    """A ``students.Prediction`` on the CPU for images ``(N, H, W, 3)`` uint8."""
+    student.eval()
+    device, parts = student.centre.device, []
+    for part in images.split(_frames_at_once(images.shape[1:3])):
+        with half_precision(device):
+            prediction = student(part.to(device).permute(0, 3, 1, 2).float() / 255)
+        parts.append([None if tensor is None else tensor.cpu() for tensor in prediction])
+    points, log_scales = zip(*parts)
+    return students.Prediction(torch.cat(points), None if log_scales[0] is None else torch.cat(log_scales))
+
+
+def _frames_at_once(size):
+    """As many as a full-resolution network's activations leave room for."""
+    return min(32, max(1, 2_000_000 // (size[0] * size[1])))

@@ -65,6 +65,15 @@ def box_world(count=8, size=(24, 32), seed=0, test=0, step=0.08):
     return World(image, depth.astype(np.float32), points, poses, intrinsics, sequence)
 
 
+def examples_of(world, mask=None, confidence=None):
+    """The world as examples for a student, labelled by its true depth, on the CPU."""
+    from kdutils.augmentation import Examples  # late, because it imports torch
+
+    mask = np.ones(world.depth.shape, bool) if mask is None else mask
+    confidence = np.ones(world.depth.shape, np.float32) if confidence is None else confidence
+    return Examples.of(world.image, world.depth, mask, confidence, world.intrinsics, world.poses)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Torch on one thread: small tensors are fastest so, and sums come out alike bit for bit."""

@@ -7,7 +7,7 @@ import pytest
 
 from kdutils import __main__ as driver
 from kdutils import evaluation, stages
-from kdutils.settings import ARMS, PRESETS, REPOSITORY, Study
+from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS, PRESETS, REPOSITORY, Study
 
 
 def row(scene, arm, mse, unpretrained=False, megabytes=8.0):
@@ -29,6 +29,13 @@ def test_claims_fail_when_the_rows_say_so():
     rows = [row("office", "vit16-unfrozen", 0.4), row("office", "vit16-frozen", 0.3),
             row("office", "vit16-scratch", 0.2), row("office", "cnn-scratch", 0.15, megabytes=46)]  # fmt: skip
     assert set(verdicts(rows).values()) == {"did not hold"}
+
+
+def test_claims_are_on_the_papers_own_arms():
+    paper = [row("kitchen", "vit16-scratch", 0.2), row("kitchen", "cnn-scratch", 0.3)]
+    others = [row("kitchen", arm, 1e-4, megabytes=60) for arm in ARMS if arm not in PAPER_ARMS]
+    assert evaluation.claims(paper + others) == evaluation.claims(paper)
+    assert verdicts(paper)["Students take at most 45 MB."] == "held"
 
 
 def test_claims_on_pretraining_are_not_tested_without_pretrained_weights():
@@ -106,9 +113,29 @@ def test_unknown_choices_are_named(wrong):
         Study(**wrong)
 
 
-def test_first_scene_and_ones_own_have_every_arm():
-    assert Study("kitchen").arms == Study("somewhere").arms == tuple(ARMS)
-    assert set(Study("office").arms) < set(ARMS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_first_scene_and_ones_own_have_the_most_arms(preset):
+    first, *others = PRESETS[preset].scenes
+    arms = set(Study(first, preset).arms)
+    assert Study("somewhere", preset).arms == Study(first, preset).arms == PRESETS[preset].first_scene_arms
+    assert {"cnn-scratch", "anchornet-scratch", "original-mobilenet"} <= arms <= set(ARMS)
+    assert preset == "hour" or set(PAPER_ARMS) <= arms
+    for scene in others:
+        assert "anchornet-scratch" in Study(scene, preset).arms and set(Study(scene, preset).arms) < arms
+
+
+def test_the_study_preset_leaves_no_arm_out():
+    assert set(PRESETS["study"].first_scene_arms) == set(ARMS)
+    parts = (PAPER_ARMS, OWN_ARMS, ORIGINAL_ARMS, ABLATION_ARMS)
+    assert sum(map(len, parts)) == len(ARMS) and all(arm.name == name for name, arm in ARMS.items())
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_notebooks_share_the_arms(preset):
+    study = Study(PRESETS[preset].scenes[0], preset)
+    found = [path.parent.name for name in ("04_cnn_students", "05_vit_students")
+             for path in driver.outputs_of(study, name)]  # fmt: skip
+    assert sorted(found) == sorted(study.arms)
 
 
 def test_prose_and_outputs_make_no_stage_stale_but_code_does(tmp_path):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from kdutils import evaluation, students, training
-from kdutils.settings import ARMS, Study
+from kdutils.settings import ABLATION_ARMS, ARMS, Study
+from kdutils.students import Prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VECTOR = st.tuples(*[st.floats(-2, 2)] * 3).map(np.array)
@@ -80,6 +81,7 @@ def test_size_of_the_cnn_by_hand():
     assert found["parameters"] == body + head + refine
     buffers = 4 * (2 * sum(widths[1:]) + 2 * hidden + 3 + 1) + 8 * len(widths)  # norms' statistics, place, and counters
     assert found["megabytes"] == pytest.approx((4 * found["parameters"] + buffers) / 1e6)
+    assert found["half_megabytes"] == found["megabytes"] / 2
 
 
 def test_size_is_that_of_the_file(tmp_path):
@@ -98,7 +100,7 @@ def test_latency_is_that_of_one_image():
         def forward(self, image):
             self.shapes.append(tuple(image.shape))
             evaluation.time.sleep(0.02)
-            return image
+            return Prediction(image, None)
 
     slow = Slow()
     assert 20 <= evaluation.latency(slow, (8, 10), repeats=3) < 200
@@ -111,16 +113,24 @@ def test_machine_is_named():
     assert evaluation.processor().strip()
 
 
-def test_predictions_survive_half_precision(tmp_path):
-    student, _ = students.build(ARMS["cnn-scratch"], (32, 48))
+@pytest.mark.parametrize(("arm", "channels"), [("cnn-scratch", 3), ("anchornet-scratch", 4)])
+def test_predictions_survive_half_precision(tmp_path, arm, channels):
+    student, _ = students.build(ARMS[arm], (32, 48))
     student.place(torch.randn(500, 3) + torch.tensor([40.0, -7, 2])).eval()
-    images = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8)
+    images = torch.randint(0, 256, (5, 32, 48, 3), dtype=torch.uint8)
     evaluation.keep_predictions(student, images, tmp_path / "p.safetensors")
-    said = training.predict(student, images, batch=2).permute(0, 2, 3, 1).numpy()
-    found = evaluation.read_predictions(tmp_path / "p.safetensors")
+    said, log_scale = training.predict(student, images)
+    said = said.permute(0, 2, 3, 1).numpy()
+    found, scale = evaluation.read_predictions(tmp_path / "p.safetensors")
     offset = np.abs(said - student.centre.numpy())
-    assert found.dtype == np.float32 and (tmp_path / "p.safetensors").stat().st_size < 2.1 * said.size + 500
+    assert found.dtype == np.float32 and found.shape == (5, 32, 48, 3)
+    assert (tmp_path / "p.safetensors").stat().st_size < 2.1 * channels * 5 * 32 * 48 + 500
     assert (np.abs(found - said) <= offset * 2**-11 + 1e-5).all()  # half precision of the offset, not of 40 m
+    if log_scale is None:
+        assert scale is None and channels == 3
+    else:
+        assert scale.dtype == np.float32 and channels == 4
+        assert_allclose(scale, log_scale[:, 0], atol=2e-3, rtol=1e-3)
 
 
 def metrics(arm, mse, weights="random"):
@@ -128,16 +138,24 @@ def metrics(arm, mse, weights="random"):
     return {
         "scene": "kitchen", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": arm, "weights": weights,
         "weights_note": "", "against_teacher": against, "against_depth": {**against, "mse": 2 * mse},
-        "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6},
-        "timing": {"latency_ms": 1 / 3, "train_seconds": 2.0}, "machine": "a machine",
+        "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6, "half_megabytes": 14e-6},
+        "localisation": {"translation": 0.07, "rotation": 2.5, "within_5cm_5deg": 0.3, "within_2cm_2deg": 0.1,
+                         "milliseconds": 6.0},
+        "training": {"steps": 200, "batch": 8, "loss": ARMS[arm].loss or "mse"},
+        "timing": {"latency_ms": 1 / 3, "train_seconds": 2.0, "train_images_per_second": 800.0},
+        "machine": "a machine",
     }  # fmt: skip
+
+
+MEASURED = {"vit16-frozen": 0.5, "cnn-scratch": 0.123456789, "anchornet-long": 0.05, "anchornet-scratch": 0.1,
+            "original-mobilenet": 0.7, "original-cnn": 0.6, "anchornet-l1": 0.02, "anchornet-mse": 0.2}  # fmt: skip
 
 
 @pytest.fixture
 def rows(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
     study = Study("kitchen", "smoke", "depth", "cpu")
-    for arm, mse in (("vit16-frozen", 0.5), ("cnn-scratch", 0.123456789)):
+    for arm, mse in MEASURED.items():
         path = study.run_folder(arm) / "metrics.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps(metrics(arm, mse)))
@@ -145,14 +163,17 @@ def rows(tmp_path, monkeypatch):
 
 
 def test_collected_rows_follow_the_arms(rows):
-    assert [row["arm"] for row in rows] == ["cnn-scratch", "vit16-frozen"]
+    assert [row["arm"] for row in rows] == [arm for arm in ARMS if arm in MEASURED]
     assert rows[0]["mse"] == 0.123456789 and rows[0]["depth_mse"] == 2 * 0.123456789
     assert rows[0]["mean_point_mse"] == 1 and rows[0]["latency_ms"] == 1 / 3 and rows[0]["parameters"] == 7
+    assert rows[0]["localised_rotation"] == 2.5 and rows[0]["train_images_per_second"] == 800
+    assert evaluation.located(rows[0]) == metrics("cnn-scratch", 1)["localisation"]
 
 
 def test_arms_without_the_pretraining_they_ask_for_are_marked(rows):
-    assert [row["unpretrained"] for row in rows] == [False, True]
-    assert [row["label"] for row in rows] == ["cnn-scratch", "vit16-frozen (random weights)"]
+    marked = {"vit16-frozen", "original-mobilenet"}  # all others begin with random weights by their own choice
+    assert {row["arm"] for row in rows if row["unpretrained"]} == marked
+    assert {row["label"] for row in rows} == {arm + " (random weights)" * (arm in marked) for arm in MEASURED}
 
 
 def test_tables_agree(rows, tmp_path):
@@ -168,3 +189,41 @@ def test_tables_agree(rows, tmp_path):
                 assert_allclose(float(text), row[name], rtol=1e-5)
             else:
                 assert text == row[name]
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_table_has_the_arms_proper_best_first(rows):
+    names, rule, *lines = cells(evaluation.table(rows))
+    assert len({len(line) for line in (names, rule, *lines)}) == 1
+    proper = [row["label"] for row in sorted(rows, key=lambda row: row["mse"]) if row["arm"] not in ABLATION_ARMS]
+    assert [line[1] for line in lines] == [*proper, "*mean point*"]
+    assert lines[0][names.index("MSE m²")] == "0.0500" and lines[0][names.index("camera cm")] == "7"
+    assert lines[0][names.index("within 5 cm, 5°")] == "30%" and lines[-1][names.index("MSE m²")] == "1.0000"
+    with_paper = cells(evaluation.table(rows, with_paper=True))
+    assert len(with_paper) == len(lines) + 4 and with_paper[-1][2] == "0.0012"
+
+
+def test_ablations_compare_what_was_trained(rows):
+    groups = {title.split(": ")[1]: group for title, group in evaluation.ablation_groups(rows).items()}
+    assert groups == {"loss": {"mse": 0.2, "l1": 0.02}, "steps": {"1x": 0.1, "8x": 0.05}}  # none with itself alone
+
+
+def test_open_questions_are_answered_by_the_rows(rows):
+    found = {answer["question"]: answer["found"] for answer in evaluation.open_questions(rows)}
+    assert found["Can a student localise the camera?"] == (
+        "kitchen: anchornet-long median 7.0 cm, 2.5°, 30% within 5 cm and 5°"
+    )
+    assert "anchornet 0.1000 m², best of the paper's arms 0.1235 m² (cnn-scratch)" in (
+        found["Is a network made for the task better, at the same steps?"]
+    )
+    peers = found["And better than the original study's networks?"]
+    assert "original-cnn has 6.0 times its MSE" in peers
+    assert "original-mobilenet (random weights) has 7.0 times" in peers
+    assert found["Do other distillation losses help?"] == (
+        "kitchen: l1 is best with 0.0200 m², the paper's MSE loss gives 0.2000"
+    )
+    two = evaluation.open_questions([*rows, *({**row, "scene": "office"} for row in rows)])
+    assert len(two) == len(found) and all(answer["found"].count("office: ") >= 1 for answer in two)

@@ -13,6 +13,7 @@ from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 
 from kdutils import figures, geometry, overlap
+from kdutils.settings import ARMS
 
 K = np.array([[100.0, 0, 16], [0, 90, 12], [0, 0, 1]])
 
@@ -214,19 +215,19 @@ def test_histogram_counts_all(draw):
 
 
 def test_training_curves(draw):
-    history = [{"step": step, "train_mse": 1.0, "validation_mse": mse} for step, mse in ((5, 0.5), (9, 2.0))]
-    arms = ("cnn-scratch", "mobilenet-frozen", "vit64-unfrozen")
+    history = [{"step": step, "train_loss": -1.0, "validation_mse": mse} for step, mse in ((5, 0.5), (9, 2.0))]
+    arms = ("cnn-scratch", "mobilenet-frozen", "vit64-unfrozen", "anchornet-scratch", "original-cnn")
     figure = draw(figures.training_curves({arm: history for arm in arms}, baseline=1.5))
     lines = figure.axes[0].lines
     assert [line.get_label() for line in lines] == [*arms, "mean point"]
     assert_array_equal(lines[0].get_xydata(), [[5, 0.5], [9, 2]])
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines[:3]}) == 3
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines[:5]}) == 5
 
 
 def row(arm, mse, unpretrained=False, scene="kitchen"):
     label = arm + " (random weights)" * unpretrained
     return {"arm": arm, "mse": mse, "label": label, "unpretrained": unpretrained, "scene": scene, "megabytes": 5.0,
-            "depth_median": 0.03, "weights": "random"}  # fmt: skip
+            "depth_median": 0.03, "weights": "random", "latency_ms": 20.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("bounds", [{}, {"baseline": 2.0}, {"baseline": 2.0, "paper": 0.0011}])
@@ -239,12 +240,29 @@ def test_results_are_sorted_and_missing_pretraining_is_hatched(draw, bounds):
     assert [line.get_xdata()[0] for line in axis.lines] == list(bounds.values())
 
 
-def test_size_against_error(draw):
-    rows = [row("vit16-frozen", 0.5), row("cnn-scratch", 0.1, scene="office")]
-    axis = draw(figures.size_against_error(rows)).axes[0]
-    assert axis.lines[0].get_xydata().tolist() == [[5, 3]]
-    assert axis.lines[0].get_marker() != axis.lines[1].get_marker()
-    assert to_rgb(axis.lines[0].get_color()) == to_rgb(figures.BACKBONE_COLOURS["vit"])
+def test_cost_against_error(draw):
+    rows = [row("vit16-frozen", 0.5), row("cnn-scratch", 0.1, scene="office"), row("original-cnn", 0.1)]
+    size, latency = draw(figures.cost_against_error(rows)).axes
+    assert size.lines[0].get_xydata().tolist() == [[5, 3]] and latency.lines[0].get_xydata().tolist() == [[20, 3]]
+    for axis in (size, latency):
+        assert axis.lines[0].get_marker() == axis.lines[2].get_marker() != axis.lines[1].get_marker()
+        colours = [to_rgb(line.get_color()) for line in axis.lines[:3]]
+        assert colours == [to_rgb(figures.BACKBONE_COLOURS[name]) for name in ("vit", "cnn", "original")]
+    named = {text.get_text() for text in latency.get_legend().get_texts()}
+    assert named == {"kitchen", "office", "vit", "cnn", "original"}
+
+
+def test_every_arm_has_a_colour_and_a_line(draw):
+    history = [{"step": 1, "train_loss": 1.0, "validation_mse": 0.5}]
+    assert len(draw(figures.training_curves(dict.fromkeys(ARMS, history), baseline=1.5)).axes[0].lines) == len(ARMS) + 1
+    draw(figures.cost_against_error([row(arm, 0.5) for arm in ARMS]))
+
+
+def test_ablations_have_a_panel_each(draw):
+    figure = draw(figures.ablations({"loss": {"mse": 0.2, "l1": 0.1}, "patch": {"16": 0.3, "32": 0.4, "64": 0.5}}))
+    assert [axis.get_title() for axis in figure.axes] == ["loss", "patch"]
+    assert [[bar.get_height() for bar in axis.patches] for axis in figure.axes] == [[0.2, 0.1], [0.3, 0.4, 0.5]]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["mse", "l1"]
 
 
 def test_still_cloud_and_two_clouds(world, draw):

@@ -1,4 +1,4 @@
-"""The students: shapes, sizes, what is frozen, and where pretrained weights come from."""
+"""The students: shapes, sizes, anchors, what is frozen, and where pretrained weights come from."""
 
 import functools
 import http.server
@@ -13,13 +13,16 @@ import time
 import pytest
 import timm
 import torch
-from conftest import ROOT
+from conftest import HIGH, LOW, ROOT, box_world
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kdutils import students
-from kdutils.settings import ARMS
+from kdutils import anchornet, losses, students, training
+from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS
 
-SIZE = (96, 128)
+SIZE, SMALL = (96, 128), (32, 48)
+SCRATCH = [name for name in ARMS if name.endswith("scratch")]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -33,49 +36,98 @@ def weights(tmp_path_factory):
     return folder
 
 
-def build(arm, size=SIZE, weights="auto"):
-    return students.build(ARMS[arm], size, weights)
+def build(arm, size=SIZE, weights="auto", **options):
+    return students.build(ARMS[arm], size, weights, **options)
+
+
+def points_of(student, images):
+    return student(images).points
 
 
 # Shapes and sizes
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *OWN_ARMS, *ORIGINAL_ARMS])
 def test_every_arm_maps_images_to_points(arm, weights):
-    student, _ = build(arm, weights=weights)
-    points = student.eval()(torch.rand(2, 3, *SIZE))
-    assert points.shape == (2, 3, *SIZE) and points.dtype == torch.float32
+    size = SMALL if arm == "original-cnn" else SIZE  # this one is slow
+    student, _ = build(arm, size, weights)
+    points, log_scale = student.eval()(torch.rand(2, 3, *size))
+    assert points.shape == (2, 3, *size) and points.dtype == torch.float32
     assert torch.isfinite(points).all()
+    assert (log_scale is None) == (arm not in OWN_ARMS)
 
 
-@pytest.mark.parametrize("arm", [name for name in ARMS if name.endswith("scratch")])
+@pytest.mark.parametrize("arm", [*SCRATCH, "original-mobilenet"])
 @pytest.mark.parametrize("size", [(90, 130), (64, 64), (50, 200)])
-def test_sizes_that_the_stride_does_not_divide(arm, size):
-    student, _ = build(arm, size)
-    assert student.eval()(torch.rand(1, 3, *size)).shape == (1, 3, *size)
+def test_sizes_that_the_stride_does_not_divide(arm, size, weights):
+    student, _ = build(arm, size, weights)
+    assert points_of(student.eval(), torch.rand(1, 3, *size)).shape == (1, 3, *size)
 
 
 @pytest.mark.parametrize("size", [SIZE, (384, 512)])
-@pytest.mark.parametrize("arm", [name for name in ARMS if name.endswith("scratch")])
+@pytest.mark.parametrize("arm", SCRATCH)
 def test_students_are_small(arm, size):
     student, _ = build(arm, size)
     megabytes = 4 * sum(p.numel() for p in student.parameters()) / 1e6
     assert 3 < megabytes < 45
 
 
+def test_ablations_are_the_studys_own_student():
+    assert {(arm.backbone, arm.start, arm.patch) for arm in ABLATION_ARMS.values()} == {("anchornet", "scratch", None)}
+
+
+@pytest.mark.parametrize("arm", ["cnn-scratch", "vit32-scratch", "mobilenet-scratch"])
+def test_a_pixel_shuffle_head_says_its_uncertainty_when_asked(arm):
+    student, _ = build(arm, (50, 70), uncertainty=True)
+    points, log_scale = student.eval()(torch.rand(2, 3, 50, 70))
+    assert points.shape == (2, 3, 50, 70) and log_scale.shape == (2, 1, 50, 70)
+    assert torch.isfinite(log_scale).all() and log_scale.std() > 0
+    assert not torch.equal(log_scale, points[:, 2:])
+
+
+@pytest.mark.parametrize("arm", ["cnn-scratch", "anchornet-scratch"])
+def test_nothing_is_known_better_than_the_least_uncertainty(arm):
+    student, _ = build(arm, SMALL, uncertainty=True)
+    last = student.head.offset if arm.startswith("anchornet") else student.head.refine
+    torch.nn.init.constant_(last.bias, -100.0)
+    log_scale = student.eval()(torch.rand(1, 3, *SMALL)).log_scale
+    assert torch.equal(log_scale, torch.full_like(log_scale, students.LEAST_LOG_SCALE))
+
+
+@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch"])
+def test_half_precision_inside_gives_single_precision_points(arm):
+    student = build(arm, SMALL, uncertainty=True)[0].place(torch.randn(500, 3) + 40).eval()
+    images = torch.rand(1, 3, *SMALL)
+    exact = student(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = student(images)
+    assert all(tensor.dtype == torch.float32 for tensor in rough)
+    assert not torch.equal(rough.points, exact.points)
+    assert (rough.points - exact.points).abs().max() < 0.05  # metres; bfloat16 of 40 m would be off by 0.12
+
+
+def test_a_vision_transformer_can_be_short(weights):
+    student, _ = build("vit16-unfrozen", SMALL, weights, vit_blocks=4)
+    given, own = load_file(weights / f"{students.TIMM_MODELS['vit']}.safetensors"), student.backbone.body.state_dict()
+    assert len(student.backbone.body.blocks) == 4
+    assert torch.equal(own["blocks.3.attn.qkv.weight"], given["blocks.3.attn.qkv.weight"])
+    assert points_of(student.eval(), torch.rand(1, 3, *SMALL)).shape == (1, 3, *SMALL)
+
+
 def test_padding_repeats_the_border_and_is_cut_off():
-    student, _ = build("cnn-scratch", (60, 75))
     image = torch.rand(1, 3, 60, 75)
     padded = torch.nn.functional.pad(image, (0, 5, 0, 4), mode="replicate")
-    student.eval()
-    assert torch.equal(student(image), student(padded)[..., :60, :75])
+    for arm in ("cnn-scratch", "anchornet-scratch"):
+        student = build(arm, (60, 75))[0].eval()
+        assert all(torch.equal(said, more[..., :60, :75]) for said, more in zip(student(image), student(padded))
+                   if said is not None)  # fmt: skip
 
 
 def test_one_image_does_not_depend_on_its_batch():
     student, _ = build("mobilenet-scratch")
     images = torch.rand(3, 3, *SIZE)
     student.eval()
-    torch.testing.assert_close(student(images)[1:2], student(images[1:2]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(points_of(student, images)[1:2], points_of(student, images[1:2]), atol=1e-5, rtol=1e-4)
 
 
 def test_grid_of_a_vision_transformer_is_row_major():
@@ -101,7 +153,7 @@ def test_a_silent_head_says_the_centre(arm):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.zeros_(layer.bias)
     points = torch.randn(1000, 3) * 2 + torch.tensor([5.0, -1, 30])
-    said = student.place(points).eval()(torch.rand(1, 3, *SIZE))
+    said = points_of(student.place(points).eval(), torch.rand(1, 3, *SIZE))
     torch.testing.assert_close(said, points.mean(0)[:, None, None].expand(1, 3, *SIZE))
 
 
@@ -109,13 +161,166 @@ def test_extent_is_the_deviation_and_scales_the_offsets():
     student, _ = build("cnn-scratch")
     student.eval()
     image = torch.rand(1, 3, *SIZE)
-    offsets = student(image).detach()
+    offsets = points_of(student, image).detach()
     points = torch.tensor([[1.0, 2, 3], [1, 2, -3], [1, 2, 3], [1, 2, -3]])
     student.place(points)
     assert student.centre.tolist() == [1, 2, 0]
     assert float(student.extent) == pytest.approx(3**0.5)  # 3 m on one coordinate of three
     expected = torch.tensor([1.0, 2, 0])[:, None, None] + 3**0.5 * offsets
-    torch.testing.assert_close(student(image), expected)
+    torch.testing.assert_close(points_of(student, image), expected)
+
+
+# Anchors
+
+
+@pytest.fixture(scope="module")
+def room():
+    """Labelled points of a box room."""
+    return torch.tensor(box_world(4, (24, 32), step=0.4).points, dtype=torch.float32).view(-1, 3)
+
+
+def anchors_of(student):
+    """The anchors in metres."""
+    return student.centre + student.extent * student.head.anchors
+
+
+def test_anchors_lie_where_the_scene_is(room):
+    student = build("anchornet-scratch", SMALL)[0].place(room)
+    anchors = anchors_of(student)
+    low, high = room.amin(0), room.amax(0)
+    assert anchors.shape == (anchornet.ANCHORS, 3) == (64, 3)
+    assert (anchors >= low - 1e-4).all() and (anchors <= high + 1e-4).all()
+    assert (low.numpy() > LOW - 1e-3).all() and (high.numpy() < HIGH + 1e-3).all()
+    assert len(anchors.unique(dim=0)) == 64
+    nearest = torch.cdist(room, anchors).amin(1)
+    assert nearest.mean() < 0.3 and nearest.max() < 1.5  # metres; the room is 4.5 by 2.5 by 6
+
+
+def test_anchors_are_the_same_whatever_was_drawn_before(room):
+    first, again = (build("anchornet-scratch", SMALL)[0].place(room).head.anchors for _ in range(2))
+    assert torch.equal(first, again)
+
+
+def test_a_belief_in_one_anchor_says_that_anchor(room):
+    student = build("anchornet-scratch", SMALL)[0].place(room).eval()
+    for layer in (student.head.belief, student.head.offset):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    for number in (0, 41):
+        torch.nn.init.zeros_(student.head.belief.bias)
+        student.head.belief.bias.data[number] = 100
+        points, log_scale = student(torch.rand(1, 3, *SMALL))
+        expected = anchors_of(student)[number][:, None, None].expand(1, 3, *SMALL)
+        torch.testing.assert_close(points, expected, atol=1e-4, rtol=0)
+        assert log_scale.abs().max() < 1e-5
+
+
+def test_anchors_are_kept_with_the_weights(room, tmp_path):
+    torch.manual_seed(1)
+    student = build("anchornet-scratch", SMALL)[0].place(room).eval()
+    training.save_student(student, tmp_path / "student.safetensors")
+    again = build("anchornet-scratch", SMALL)[0].eval()
+    again.load_state_dict(load_file(tmp_path / "student.safetensors"))
+    assert torch.equal(again.head.anchors, student.head.anchors) and student.head.anchors.any()
+    image = torch.rand(1, 3, *SMALL)
+    assert all(torch.equal(a, b) for a, b in zip(student(image), again(image)))
+
+
+def test_own_student_takes_at_most_5_megabytes_in_half_precision():
+    student, _ = build("anchornet-scratch")
+    assert sum(tensor.numel() * 2 for tensor in student.state_dict().values()) < 5e6
+
+
+def test_residual_blocks_change_nothing_at_first():
+    features = torch.rand(1, 8, 5, 6)
+    assert torch.equal(anchornet.Residual(8).eval()(features), features)
+
+
+# Convex upsampling
+
+
+def upsampled(cells, stride, seed=0, spread=3.0):
+    count, _, height, width = cells.shape
+    generator = torch.Generator().manual_seed(seed)
+    mixture = spread * torch.randn(count, 9 * stride**2, height, width, generator=generator)
+    return anchornet.convex_upsampling(cells, mixture, stride)
+
+
+@given(st.integers(1, 4), st.integers(0, 50), st.floats(-5, 5))
+def test_upsampling_keeps_a_constant(stride, seed, value):
+    cells = torch.full((2, 3, 4, 5), value)
+    expected = torch.full((2, 3, 4 * stride, 5 * stride), value)
+    torch.testing.assert_close(upsampled(cells, stride, seed), expected)
+
+
+@given(st.integers(1, 4), st.integers(0, 50), st.floats(0.1, 30))
+def test_each_upsampled_pixel_lies_among_its_nine_cells(stride, seed, spread):
+    cells = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    fine = upsampled(cells, stride, seed, spread)
+    padded = torch.nn.functional.pad(cells, (1, 1, 1, 1), mode="replicate")
+    high, low = (sign * torch.nn.functional.max_pool2d(sign * padded, 3, 1) for sign in (1, -1))
+    high, low = (bound.repeat_interleave(stride, 2).repeat_interleave(stride, 3) for bound in (high, low))
+    assert fine.shape == (2, 3, 4 * stride, 5 * stride)
+    assert (fine <= high + 1e-5).all() and (fine >= low - 1e-5).all()
+    assert fine.std() > 0.1
+
+
+def test_each_pixel_of_a_cell_chooses_a_neighbour_of_its_own():
+    cells = torch.arange(20.0).view(1, 1, 4, 5)
+    mixture = torch.zeros(1, 9, 4, 4, 5)
+    for pixel, neighbour in enumerate((4, 1, 3, 8)):  # itself, above, left of it, below on the right
+        mixture[:, neighbour, pixel] = 100
+    fine = anchornet.convex_upsampling(cells, mixture.flatten(1, 2), 2)[0, 0]
+    assert fine[2:4, 4:6].round(decimals=4).tolist() == [[7, 2], [6, 13]]  # of the cell in row 1, column 2
+    assert fine[0:2, 0:2].round(decimals=4).tolist() == [[0, 0], [0, 6]]  # beyond the border are the cells on it
+
+
+# The original study's
+
+
+def convolutions(module):
+    return [(layer.in_channels, layer.out_channels, *layer.kernel_size) for layer in module.modules()
+            if isinstance(layer, torch.nn.Conv2d)]  # fmt: skip
+
+
+def test_original_cnn_is_as_wide_as_described():
+    student, origin = build("original-cnn", SMALL)
+    wide = [(3, 64, 5, 5), (64, 128, 5, 5), (128, 256, 5, 5), (256, 512, 5, 5)]
+    assert convolutions(student) == [*wide, (512, 512, 1, 1), (512, 512, 5, 5), (512, 512, 1, 1), (512, 3, 1, 1)]
+    assert {layer.stride for layer in student.modules() if isinstance(layer, torch.nn.Conv2d)} == {(1, 1)}
+    assert origin.origin == "random"
+
+
+def test_original_mobilenet_ends_as_described(weights):
+    student, _ = build("original-mobilenet", SMALL, weights)
+    assert convolutions(student.head) == [(112, 256, 1, 1), (256, 256, 1, 1), (1, 3, 7, 7), (3, 3, 1, 1)]
+    norms = [layer for layer in student.head.modules() if isinstance(layer, torch.nn.BatchNorm2d)]
+    shuffles = [layer for layer in student.head.modules() if isinstance(layer, torch.nn.PixelShuffle)]
+    assert len(norms) == 2 and [layer.upscale_factor for layer in shuffles] == [16]
+
+
+def test_original_students_never_say_their_uncertainty(weights):
+    for arm in ORIGINAL_ARMS:
+        student, _ = build(arm, (16, 16), weights, uncertainty=True)
+        assert student.eval()(torch.rand(1, 3, 16, 16)).log_scale is None
+
+
+def test_original_cnn_learns():
+    torch.manual_seed(0)
+    student, _ = build("original-cnn", SMALL)
+    world = box_world(1, SMALL)
+    image = torch.tensor(world.image).permute(0, 3, 1, 2) / 255
+    points = torch.tensor(world.points, dtype=torch.float32)
+    student.place(points.view(-1, 3)).train()
+    optimiser, costs = torch.optim.AdamW(student.parameters(), lr=1e-4), []
+    for _ in range(2):
+        cost = losses.masked_mse(points_of(student, image), points.permute(0, 3, 1, 2), torch.ones(1, 1, *SMALL) > 0)
+        optimiser.zero_grad()
+        cost.backward()
+        optimiser.step()
+        costs.append(float(cost.detach()))
+    assert all(p.grad.any() for p in student.parameters())
+    assert costs[1] < costs[0]
 
 
 # Freezing
@@ -127,7 +332,7 @@ def test_frozen_backbone_stays_while_the_head_learns(arm, weights):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     optimiser = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=0.1)
     student.train()
-    student(torch.rand(2, 3, *SIZE)).square().mean().backward()
+    points_of(student, torch.rand(2, 3, *SIZE)).square().mean().backward()
     optimiser.step()
     assert all(p.grad is None for p in student.backbone.parameters())
     moved = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -135,11 +340,11 @@ def test_frozen_backbone_stays_while_the_head_learns(arm, weights):
     assert moved == head and "head.mix.1.running_mean" in moved
 
 
-@pytest.mark.parametrize("arm", ["mobilenet-unfrozen", "vit32-unfrozen", "cnn-scratch"])
+@pytest.mark.parametrize("arm", ["mobilenet-unfrozen", "vit32-unfrozen", "cnn-scratch", "anchornet-scratch"])
 def test_unfrozen_backbone_learns(arm, weights):
     student, _ = build(arm, weights=weights)
     student.train()
-    student(torch.rand(2, 3, *SIZE)).square().mean().backward()
+    points_of(student, torch.rand(2, 3, *SIZE)).square().mean().backward()
     assert all(p.requires_grad for p in student.parameters())
     silent = [name for name, p in student.backbone.named_parameters() if p.grad is None]
     assert silent == []
@@ -148,8 +353,9 @@ def test_unfrozen_backbone_learns(arm, weights):
 # Weights
 
 
-def test_given_weights_are_in_the_mobilenet(weights):
-    student, origin = build("mobilenet-unfrozen", weights=weights)
+@pytest.mark.parametrize("arm", ["mobilenet-unfrozen", "original-mobilenet"])
+def test_given_weights_are_in_the_mobilenet(weights, arm):
+    student, origin = build(arm, weights=weights)
     given = load_file(weights / f"{students.TIMM_MODELS['mobilenet']}.safetensors")
     own = student.backbone.body.state_dict()
     assert origin.origin == "file" and students.TIMM_MODELS["mobilenet"] in origin.note

@@ -1,5 +1,6 @@
-"""Training: the loss, the augmentation, and runs that are repeatable, resumable and honest about failing."""
+"""Training: what is held out, the schedule, and runs that are repeatable, resumable and honest about failing."""
 
+import json
 import math
 import os
 import shutil
@@ -7,45 +8,57 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import HIGH, LOW, ROOT, box_world
+from conftest import ROOT, box_world, examples_of
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.testing import assert_allclose
 
-from kdutils import artefacts, students, training
-from kdutils.settings import ARMS, PRESETS, Study
+from kdutils import artefacts, losses, students, training
+from kdutils.settings import ARMS, RECIPES, Recipe, Study
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PLAN = training.Plan(steps=100, batch=5, learning_rate=2e-3, weight_decay=0.01, validate_every=10, seed=3)
+RECIPE = Recipe(2e-3)
+PLAN = training.Plan(RECIPE, steps=100, seconds=None, batch=5, validations=10, seed=3)
 
 
-def examples_of(world, mask=None):
-    mask = np.ones(world.depth.shape, bool) if mask is None else mask
-    return training.Examples.of(world.image, world.points.astype(np.float32), mask)
-
-
-def run(folder, seed=0, kill_at=None, change=None, arm="cnn-scratch", inputs="same", seen=None, **plan):
-    """Train on a small box room; from step ``kill_at`` on the process kills itself, and ``seen`` collects the steps."""
-
-    def progress(step, steps, text):
-        if seen is not None:
-            seen.append(step)
-        if kill_at is not None and step >= kill_at:
-            signal.raise_signal(signal.SIGKILL)
-
+def small_study(folder, seed=0, **preset):
     study = Study("kitchen", "smoke", "depth", "cpu", seed)
-    plan = {"size": (32, 48), "steps": 6, "batch": 4, "validate_every": 2, **plan}
-    study.preset, study.workspace = replace(study.preset, **plan), folder
+    preset = {"size": (32, 48), "steps": 6, "batch": 4, "validations": 3, **preset}
+    study.preset, study.workspace = replace(study.preset, **preset), folder
+    return study
+
+
+def run(folder, seed=0, kill_at=None, change=None, arm="cnn-scratch", inputs="same", seen=None, recipe=None,
+        weights="auto", validated=None, **preset):  # fmt: skip
+    """Train on a small box room; ``seen`` collects how far each validation was.
+
+    From the validation at ``kill_at`` on the process kills itself before it is kept; ``validated`` is called there.
+    """
+
+    def progress(done, total, text):
+        if "validation" in text:
+            if seen is not None:
+                seen.append(done)
+            if validated is not None:
+                validated(examples, done)
+            if kill_at is not None and done >= kill_at:
+                signal.raise_signal(signal.SIGKILL)
+
+    study = small_study(folder, seed, **preset)
     world = box_world(24, study.preset.size)
     examples = examples_of(world)
     if change:
         change(examples)
     train, validation = training.split_validation(world.sequence, 0.2)
-    return *training.run_arm(study, ARMS[arm], examples, train, validation, inputs, progress=progress), examples
+    plan = training.plan_for(study, ARMS[arm])
+    plan = replace(plan, recipe=replace(plan.recipe, **recipe)) if recipe else None
+    found = training.run_arm(study, ARMS[arm], examples, train, validation, inputs, weights, progress, plan)
+    return *found, examples
 
 
 def arm_folder(folder, arm="cnn-scratch"):
@@ -56,44 +69,13 @@ def weights_of(folder, arm="cnn-scratch"):
     return (arm_folder(folder, arm) / "student.safetensors").read_bytes()
 
 
-# The loss
+def plain(manifest):
+    """A manifest as it is in its file."""
+    return json.loads(json.dumps(manifest))
 
 
-def test_masked_mse_of_a_constant_offset():
-    points = torch.rand(2, 3, 4, 5)
-    predicted = points + torch.tensor([1.0, 2, 3])[:, None, None]
-    mask = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
-    mask[0, 0, 1, 2] = mask[1, 0, 3, 3] = True
-    assert float(training.masked_mse(predicted, points, mask)) == pytest.approx(14 / 3)
-
-
-def test_masked_mse_looks_at_labelled_pixels_only():
-    points, mask = torch.zeros(1, 3, 2, 2), torch.tensor([[[[True, True], [True, False]]]])
-    predicted = torch.zeros(1, 3, 2, 2, requires_grad=True)
-    points[..., 1, 1], points[0, 0, 0, 0] = 1e6, 3
-    loss = training.masked_mse(predicted, points, mask)
-    loss.backward()
-    assert float(loss.detach()) == pytest.approx(9 / 9)
-    assert (predicted.grad != 0).nonzero().tolist() == [[0, 0, 0, 0]]
-
-
-def test_masked_mse_without_labels_is_zero():
-    assert float(training.masked_mse(torch.ones(1, 3, 2, 2), torch.zeros(1, 3, 2, 2), torch.zeros(1, 1, 2, 2) > 0)) == 0
-
-
-# Examples
-
-
-def test_examples_keep_what_is_where():
-    world = box_world(3, (6, 8))
-    mask = np.zeros(world.depth.shape, bool)
-    mask[1, 2, 3] = mask[2, 4, 5] = True
-    examples = examples_of(world, mask)
-    assert len(examples) == 3 and examples.images.dtype == torch.uint8
-    assert_allclose(examples.points[1, :, 2, 3], world.points[1, 2, 3], rtol=1e-6)
-    assert examples.images[1, :, 2, 3].tolist() == world.image[1, 2, 3].tolist()
-    assert_allclose(examples.labelled_points(), [world.points[1, 2, 3], world.points[2, 4, 5]], rtol=1e-6)
-    assert len(examples[torch.tensor([2])].labelled_points()) == 1
+def names_in(folder, arm="cnn-scratch"):
+    return sorted(path.name for path in arm_folder(folder, arm).iterdir())
 
 
 @given(st.lists(st.integers(2, 30), min_size=2, max_size=5), st.floats(0.05, 0.5))
@@ -107,110 +89,27 @@ def test_validation_is_the_end_of_each_training_sequence(lengths, share):
         assert abs(len(held) - share * lengths[name]) <= 1
 
 
-# Augmentation
-
-STRONG = {"rotation": 8, "zoom": 0.2, "shift": 0.1}
-
-
-def augmented(examples, seed=0, **options):
-    return training.augment(examples, torch.Generator().manual_seed(seed), **options)
-
-
-def pixel_examples(count, height, width):
-    """Images whose labels are their own pixel coordinates."""
-    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    points = torch.stack([u, v, torch.zeros_like(u)]).expand(count, 3, height, width)
-    images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
-    return training.Examples(images, points, torch.ones(count, 1, height, width, dtype=torch.bool))
-
-
-def test_augmented_colours_still_match_their_points():
-    world = box_world(6, (96, 128))
-    examples = examples_of(world)
-    images, points, mask = augmented(examples, colour=0, **STRONG)
-    low, high = (torch.tensor(bound, dtype=torch.float32)[:, None, None] for bound in (LOW, HIGH))
-    wrong = ((points - low) / (high - low) - images).abs().amax(1, keepdim=True)[mask]
-    assert float(wrong.max()) < 0.02 and mask.float().mean() > 0.7  # one pixel's step in colour is 0.015
-    moved = (images - examples.images / 255).abs().mean((1, 2, 3))
-    assert (moved > 0.01).all()
-
-
-@pytest.mark.parametrize("size", [(60, 100), (100, 60)])
-def test_augmentation_turns_zooms_and_shifts_but_never_mirrors(size):
-    height, width = size
-    centre = np.array([width / 2, height / 2])
-    _, points, mask = augmented(pixel_examples(60, *size), seed=1, **STRONG)
-    angles, zooms, shifts = [], [], []
-    grid = pixel_examples(1, *size).points[0, :2].permute(1, 2, 0).numpy() - centre
-    for found, seen in zip(points[:, :2].permute(0, 2, 3, 1).numpy(), mask[:, 0].numpy()):
-        design = np.c_[grid[seen], np.ones(seen.sum())]
-        (a, b), (c, d), shift = np.linalg.lstsq(design, found[seen] - centre, rcond=None)[0]
-        assert_allclose([a, b], [d, -c], atol=0.02)  # a similarity: no shear, whatever the image's shape
-        residual = design @ [[a, b], [c, d], shift] - (found[seen] - centre)
-        assert np.abs(residual).max() < 0.71  # labels are the nearest pixel's
-        assert a * d - b * c > 0
-        angles.append(np.degrees(np.arctan2(b, a)))
-        zooms.append(np.log(np.hypot(a, b)))
-        shifts.append(shift / centre)
-    assert 6 < np.abs(angles).max() < 8.1
-    assert 0.15 < np.abs(zooms).max() < 0.21
-    assert 0.08 < np.abs(shifts).max() < 0.11
-
-
-def test_pixels_from_outside_have_no_label():
-    examples = pixel_examples(8, 40, 40)
-    _, points, mask = augmented(examples, rotation=0, zoom=0, shift=0.5)
-    assert (~mask).any() and mask.any()
-    for found, seen in zip(points, mask[:, 0]):
-        columns, rows = found[0][seen], found[1][seen]
-        step = found[0][:, 1:] - found[0][:, :-1]
-        assert (step[seen[:, 1:] & seen[:, :-1]] == 1).all()  # a pure shift
-        expected = (len(columns.unique()), len(rows.unique()))
-        assert seen.sum() == expected[0] * expected[1] < 1600
-
-
-def test_pixels_without_a_label_get_none():
-    examples = pixel_examples(8, 40, 40)
-    examples.mask[:, :, :, 20:] = False
-    _, points, mask = augmented(examples, **STRONG)
-    assert mask.any() and float(points[:, :1][mask].max()) < 20
-
-
-def test_augmentation_is_a_function_of_the_generator():
-    examples = examples_of(box_world(3, (16, 20)))
-    first, again, other = augmented(examples), augmented(examples), augmented(examples, seed=1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first[0], other[0])
-
-
-def test_colours_change_by_gain_and_stay_in_range():
-    examples = examples_of(box_world(20, (16, 20)))
-    images, *_ = augmented(examples, rotation=0, zoom=0, shift=0, colour=0.25)
-    assert float(images.min()) >= 0 and float(images.max()) <= 1
-    difference = (images - examples.images / 255).abs()
-    assert 0.02 < difference.mean() < 0.2
-    still, points, mask = augmented(examples, rotation=0, zoom=0, shift=0, colour=0)
-    torch.testing.assert_close(still, examples.images / 255, atol=1e-5, rtol=0)
-    assert torch.equal(points, examples.points) and mask.all()
-
-
 # The schedule
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    rates = [training.learning_rate(PLAN, step) for step in range(PLAN.steps + 1)]
-    assert rates[:5] == pytest.approx([2e-3 * k / 5 for k in range(1, 6)])
-    assert rates[5] == pytest.approx(2e-3)
-    assert rates[52] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 47 / 95)))
+    rates = [training.learning_rate(RECIPE, done / 1000) for done in range(1001)]
+    assert max(rates) == rates[50] == pytest.approx(2e-3)
+    assert rates[0] > 0 and np.diff(rates[:51]) == pytest.approx(rates[1] - rates[0])  # straight
+    assert rates[525] == pytest.approx(1e-3)
+    assert rates[700] == pytest.approx(1e-3 * (1 + math.cos(math.pi * 650 / 950)))
     assert rates[-1] == pytest.approx(0, abs=1e-12)
-    assert sorted(rates[5:], reverse=True) == rates[5:]
+    assert sorted(rates[50:], reverse=True) == rates[50:]
+
+
+def test_constant_learning_rate():
+    recipe = replace(RECIPE, schedule="constant")
+    assert {training.learning_rate(recipe, done) for done in (0, 0.01, 0.5, 1)} == {2e-3}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_learning_rate_of_the_shortest_runs(steps):
-    plan = replace(PLAN, steps=steps)
-    rates = [training.learning_rate(plan, step) for step in range(steps)]
-    assert rates[0] == pytest.approx(2e-3) and min(rates) > 0
+    assert all(0 < training.learning_rate(RECIPE, step / steps) <= 2e-3 for step in range(steps))
 
 
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 2**31))
@@ -232,10 +131,24 @@ def test_epochs_are_shuffled_differently():
 def test_every_arm_and_seed_has_a_plan_of_its_own():
     plans = [training.plan_for(Study(seed=seed), arm) for seed in (0, 1) for arm in ARMS.values()]
     assert len({plan.seed for plan in plans}) == 2 * len(ARMS)
-    preset = PRESETS["sample"]
-    frozen = training.plan_for(Study(), ARMS["vit16-frozen"])
-    rates = preset.learning_rates
-    assert frozen.learning_rate == rates["frozen"] != plans[0].learning_rate == rates["cnn"]
+
+
+@pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
+def test_plans_follow_the_arm(arm):
+    preset, plan = Study().preset, training.plan_for(Study(), arm)
+    recipe = RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
+    assert plan.recipe == replace(recipe, loss=arm.loss or recipe.loss)
+    assert plan.steps == round(arm.budget * preset.steps) and plan.batch == preset.batch
+    assert plan.augmentation == (None if arm.name.startswith("original") else preset.augmentation)
+
+
+def test_budget_in_seconds_follows_the_arm():
+    study = Study()
+    assert training.plan_for(study, ARMS["anchornet-long"]).seconds is None
+    study.preset = replace(study.preset, seconds=60, steps=3)
+    plans = [training.plan_for(study, replace(ARMS["anchornet-scratch"], budget=budget)) for budget in (1, 8, 0.125)]
+    assert [plan.seconds for plan in plans] == [60, 480, 7.5]
+    assert [plan.steps for plan in plans] == [3, 24, 1]
 
 
 # Runs
@@ -249,25 +162,56 @@ def whole(one_thread, tmp_path_factory):
     return folder, student, manifest
 
 
-def test_a_student_learns_the_room(tmp_path):
-    student, manifest, examples = run(tmp_path, steps=60, batch=4, validate_every=20)
+@pytest.mark.parametrize("arm", ["cnn-scratch", "anchornet-scratch"])
+def test_a_student_learns_the_room(tmp_path, arm):
+    student, manifest, examples = run(tmp_path, arm=arm, steps=60)
     train, validation = training.split_validation(np.ones(24, int), 0.2)
     mean = examples[train].labelled_points().mean(0)
-    held_out = examples[validation]
-    baseline = float(training.masked_mse(mean[:, None, None], held_out.points, held_out.mask))
+    held_out = examples[validation].batch()
+    baseline = float(losses.masked_mse(mean[:, None, None], held_out.points, held_out.mask))
     assert manifest["best_validation_mse"] < 0.25 * baseline
-    found = training.masked_mse(training.predict(student, held_out.images), held_out.points, held_out.mask)
-    assert float(found) == pytest.approx(manifest["best_validation_mse"], rel=1e-4)  # the best, not the last
+    said = training.predict(student, examples.images[validation])
+    found = float(losses.masked_mse(said.points, held_out.points, held_out.mask))
+    assert found == pytest.approx(manifest["best_validation_mse"], rel=1e-4)  # the best, not the last
+    assert training.validation_mse(student, examples, validation) == pytest.approx(found, rel=1e-4)
     history = manifest["history"]
-    assert [row["step"] for row in history] == [20, 40, 60]
+    assert [row["step"] for row in history] == [20, 40, 60] and manifest["steps"] == 60
     assert manifest["best_validation_mse"] == min(row["validation_mse"] for row in history)
-    assert history[-1]["train_mse"] < history[0]["train_mse"]
+    assert history[-1]["train_loss"] < history[0]["train_loss"]
+    assert manifest["images_per_second"] > 0 < manifest["seconds"]
 
 
 def test_student_is_placed_at_the_training_points(tmp_path):
     student, _, examples = run(tmp_path, steps=2)
     train, _ = training.split_validation(np.ones(24, int), 0.2)
     torch.testing.assert_close(student.centre, examples[train].labelled_points().mean(0))
+
+
+def test_few_images_at_once_are_predicted_and_validated_alike(monkeypatch):
+    student, examples = students.build(ARMS["anchornet-scratch"], (16, 16))[0], examples_of(box_world(5, (16, 16)))
+    student.place(examples.labelled_points())
+    whole = training.validation_mse(student, examples, np.arange(5))
+    at_once = training.predict(student, examples.images)
+    monkeypatch.setattr(training, "_frames_at_once", lambda size: 2)
+    assert training.validation_mse(student, examples, np.arange(5)) == pytest.approx(whole, rel=1e-4)
+    for part, all_of_it in zip(training.predict(student, examples.images), at_once):
+        torch.testing.assert_close(part, all_of_it, atol=1e-4, rtol=1e-4)
+
+
+def test_large_images_are_taken_one_by_one():
+    assert [training._frames_at_once(size) for size in ((96, 128), (384, 512), (3000, 4000))] == [32, 10, 1]
+
+
+def test_predictions_come_in_the_images_order(monkeypatch):
+    monkeypatch.setattr(training, "_frames_at_once", lambda size: 2)
+    student = students.build(ARMS["anchornet-scratch"], (16, 16))[0]
+    images = torch.randint(0, 256, (5, 16, 16, 3), dtype=torch.uint8)
+    points, log_scale = training.predict(student, images)
+    assert points.shape == (5, 3, 16, 16) and log_scale.shape == (5, 1, 16, 16)
+    alone = student(images[3:4].permute(0, 3, 1, 2) / 255)
+    torch.testing.assert_close(points[3:4], alone.points.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(log_scale[3:4], alone.log_scale.detach(), atol=1e-5, rtol=1e-4)
+    assert training.predict(students.build(ARMS["cnn-scratch"], (16, 16))[0], images).log_scale is None
 
 
 def test_seed_decides_everything(tmp_path, whole):
@@ -280,22 +224,39 @@ def test_seed_decides_everything(tmp_path, whole):
 KILLED = """
 import sys, pathlib, torch, test_training
 torch.set_num_threads(1)
-test_training.run(pathlib.Path(sys.argv[1]), kill_at=4)
+test_training.run(pathlib.Path(sys.argv[1]), arm=sys.argv[2], kill_at=int(sys.argv[3]))
 """
 
 
-def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, whole):
-    env, code = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(code, cwd=ROOT / "tests", env=env, capture_output=True, timeout=100)
+# The second has a running mean of its weights from step 3 on, and anchors.
+@pytest.mark.parametrize(("arm", "kill_at"), [("cnn-scratch", 4), ("anchornet-scratch", 6)])
+def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, arm, kill_at):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _, manifest, _ = run(whole, arm=arm)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", KILLED, str(killed), arm, str(kill_at)], cwd=ROOT / "tests", env=env,
+                          capture_output=True, timeout=100)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in arm_folder(tmp_path).iterdir()] == ["training.pt"]
+    assert names_in(killed, arm) == ["training.pt"]
     seen = []
-    _, resumed, _ = run(tmp_path, seen=seen)
-    assert seen == [4, 6]  # step 2 was kept, step 4 not yet
-    assert weights_of(tmp_path) == weights_of(whole[0])
-    assert resumed["history"] == whole[2]["history"]
-    names = sorted(path.name for path in arm_folder(tmp_path).iterdir())
-    assert names == ["student.json", "student.safetensors"]
+    _, resumed, _ = run(killed, arm=arm, seen=seen)
+    assert seen == list(range(kill_at, 7, 2))  # that validation was not yet kept, the one before it was
+    assert weights_of(killed, arm) == weights_of(whole, arm)
+    assert resumed["history"] == manifest["history"]
+    assert names_in(killed, arm) == ["student.json", "student.safetensors"]
+
+
+def test_running_mean_of_the_second_half(tmp_path):
+    """With a constant rate, a shorter run goes the same way; the mean of 5 steps takes in the weights after 4 and 5."""
+    def weights_after(steps, averaged):
+        student, *_ = run(tmp_path / f"{steps} {averaged}", steps=steps, validations=1,
+                          recipe={"schedule": "constant", "averaged": averaged})  # fmt: skip
+        return {name: tensor for name, tensor in student.state_dict().items() if tensor.is_floating_point()}
+
+    fourth, fifth, mean = weights_after(4, False), weights_after(5, False), weights_after(5, True)
+    assert any(not torch.equal(fourth[name], fifth[name]) for name in fourth)
+    for name, tensor in mean.items():
+        torch.testing.assert_close(tensor, fourth[name] / 11 + fifth[name] * 10 / 11, atol=1e-6, rtol=1e-5)
 
 
 def test_finished_run_is_not_repeated(whole):
@@ -303,13 +264,18 @@ def test_finished_run_is_not_repeated(whole):
     before = {path: path.stat().st_mtime_ns for path in arm_folder(folder).iterdir()}
     seen = []
     again, found, _ = run(folder, seen=seen)
-    assert seen == [] and found == manifest == artefacts.read_json(arm_folder(folder) / "student.json")
+    assert seen == [] and plain(found) == plain(manifest)
+    assert plain(found) == artefacts.read_json(arm_folder(folder) / "student.json")
     assert {path: path.stat().st_mtime_ns for path in arm_folder(folder).iterdir()} == before
     kept = again.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in student.state_dict().items())
 
 
-@pytest.mark.parametrize("changed", [{"inputs": "other"}, {"learning_rates": {"cnn": 1e-4}}])
+CHANGED = [{"inputs": "other"}, {"recipe": {"learning_rate": 1e-4}}, {"recipe": {"loss": "l1"}},
+           {"recipe": {"weight_decay": 0.5}}, {"batch": 3}]  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", CHANGED, ids=str)
 def test_changed_settings_train_anew(tmp_path, whole, changed):
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     seen = []
@@ -319,33 +285,159 @@ def test_changed_settings_train_anew(tmp_path, whole, changed):
     assert (weights_of(tmp_path) == weights_of(whole[0])) == (changed == {"inputs": "other"})
 
 
+def test_state_of_a_run_with_other_settings_is_not_resumed(tmp_path, whole):
+    def interrupt(examples, done):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, recipe={"learning_rate": 1e-4}, validated=interrupt)
+    assert names_in(tmp_path) == ["training.pt"]
+    seen = []
+    run(tmp_path, seen=seen)
+    assert seen == [2, 4, 6] and weights_of(tmp_path) == weights_of(whole[0])
+
+
+def test_half_precision_on_the_devices_that_the_preset_names(tmp_path, whole):
+    _, manifest, _ = run(tmp_path, bfloat16=("cpu",))
+    assert weights_of(tmp_path) != weights_of(whole[0])
+    assert manifest["best_validation_mse"] == pytest.approx(whole[2]["best_validation_mse"], rel=0.2)
+
+
+# Failing
+
+
 def spoil(examples):
-    examples.points[:, :, 5, 5] = torch.nan
+    examples.depth[:, 5, 5] = torch.nan
 
 
 @pytest.mark.parametrize(
-    "cause", [{"change": spoil}, {"learning_rates": {"cnn": 1e30}}], ids=["nan label", "huge rate"]
+    "cause", [{"change": spoil}, {"recipe": {"learning_rate": 1e30}}], ids=["nan label", "huge rate"]
 )
 def test_loss_that_is_not_finite_is_an_error(tmp_path, cause):
     with pytest.raises(training.TrainingError, match="cnn-scratch: .*no longer finite at step 2.*learning rate"):
         run(tmp_path, **cause)
-    assert list(arm_folder(tmp_path).iterdir()) == []
+    assert names_in(tmp_path) == []
     _, manifest, _ = run(tmp_path, steps=2)
     assert math.isfinite(manifest["best_validation_mse"])
 
 
-def test_frozen_arm_trains_its_head_only(tmp_path, capsys):
+def test_loss_that_breaks_later_keeps_the_last_state(tmp_path, whole):
+    with pytest.raises(training.TrainingError, match="at step 4.*the state of the last validation is kept"):
+        run(tmp_path, validated=lambda examples, done: spoil(examples))
+    assert names_in(tmp_path) == ["training.pt"]
+    seen = []
+    run(tmp_path, seen=seen)  # with the labels repaired
+    assert seen == [4, 6] and weights_of(tmp_path) == weights_of(whole[0])
+
+
+def test_held_out_labels_that_are_no_numbers_are_an_error(tmp_path):
+    def spoil_held_out(examples):
+        examples.depth[-3:, 5, 5] = torch.nan
+
+    with pytest.raises(training.TrainingError, match="cnn-scratch: .*no longer finite at step 2.*labels"):
+        run(tmp_path, change=spoil_held_out)
+
+
+def test_frames_without_labels_at_some_pixels_train_all_the_same(tmp_path):
+    def holes(examples):
+        examples.mask[:, 4:8] = False
+        examples.depth[:, 4:8] = torch.nan
+
+    _, manifest, _ = run(tmp_path, change=holes)
+    assert all(math.isfinite(row["validation_mse"] + row["train_loss"]) for row in manifest["history"])
+
+
+# A budget in seconds
+
+
+def test_seconds_end_the_run(tmp_path):
+    seen = []
+    student, manifest, _ = run(tmp_path, steps=10**9, seconds=1.5, seen=seen)
+    assert 1.5 <= manifest["seconds"] < 15  # one step and one validation more at most
+    assert 0 < manifest["steps"] == manifest["history"][-1]["step"] < 10**6
+    assert plain(manifest) == artefacts.read_json(arm_folder(tmp_path) / "student.json")
+    assert seen[-1] == 1.5 and 1 <= len(seen) <= 3
+    assert manifest["images_per_second"] >= 4 * manifest["steps"] / manifest["seconds"]  # learning, not validating
+
+
+def test_steps_end_the_run_where_seconds_would_not(tmp_path):
+    _, manifest, _ = run(tmp_path, seconds=1e6)
+    assert manifest["steps"] == 6 and [row["step"] for row in manifest["history"]] == [2, 4, 6]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that ticks by a hundredth of a second whenever it is looked at, instead of the machine's."""
+    ticks = count()
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(ticks) / 100))
+    return ticks
+
+
+@pytest.mark.parametrize("validations", [1, 3])
+def test_a_run_ends_with_a_validation_whenever_its_time_runs_out(tmp_path, clock, validations):
+    for offset in range(6):  # between any two looks at the clock
+        _, manifest, _ = run(tmp_path / str(offset), steps=10**9, seconds=0.3 + offset / 100, validations=validations)
+        assert manifest["history"][-1]["step"] == manifest["steps"]
+
+
+def test_resumed_run_counts_the_seconds_already_spent(tmp_path, clock):
+    seen = []
+
+    def interrupt(examples, done):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    budget = {"steps": 10**9, "seconds": 1.5}
+    _, undisturbed, _ = run(tmp_path / "undisturbed", **budget)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "resumed", validated=interrupt, seen=seen, **budget)
+    state = torch.load(arm_folder(tmp_path / "resumed") / "training.pt", weights_only=True)
+    assert len(state["history"]) == 1 and 0.5 <= state["seconds"] < 0.7
+    before = next(clock)
+    _, manifest, _ = run(tmp_path / "resumed", **budget)
+    spent = (next(clock) - before) / 100
+    assert manifest["history"][0] == state["history"][0] and len(manifest["history"]) == 3
+    assert 1.5 <= manifest["seconds"] < 1.7
+    assert spent == pytest.approx(manifest["seconds"] - state["seconds"], abs=0.1)
+    assert manifest["steps"] == pytest.approx(undisturbed["steps"], rel=0.1)
+
+
+# Pretrained weights
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A function that writes a file of pretrained weights, drawn by a seed, always under the same name."""
+    file = tmp_path_factory.mktemp("pretrained") / "weights.safetensors"
+
+    def write(seed):
+        torch.manual_seed(seed)
+        full = students.timm.create_model(students.TIMM_MODELS["mobilenet"])
+        training.save_file(full.state_dict(), file)
+        return file, full.state_dict()
+
+    return write
+
+
+def test_frozen_arm_trains_its_head_only(tmp_path, pretrained, capsys):
     torch.manual_seed(0)
     student, _ = students.build(ARMS["mobilenet-scratch"], (32, 48))
-    full = students.timm.create_model(students.TIMM_MODELS["mobilenet"])
-    file = tmp_path / "weights.safetensors"
-    training.save_file(full.state_dict(), file)
-    study = Study("kitchen", "smoke", "depth", "cpu")
-    study.preset, study.workspace = replace(study.preset, size=(32, 48), steps=2, batch=4), tmp_path
-    examples = examples_of(box_world(12, (32, 48)))
-    trained, manifest = training.run_arm(study, ARMS["mobilenet-frozen"], examples, np.arange(8), np.arange(8, 12),
-                                         "same", weights=file)  # fmt: skip
-    own, given = trained.backbone.body.state_dict(), full.state_dict()
+    file, given = pretrained(0)
+    trained, manifest, _ = run(tmp_path, arm="mobilenet-frozen", steps=2, weights=file)
+    own = trained.backbone.body.state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in own.items())
     assert not torch.equal(trained.head.mix[0].weight, student.head.mix[0].weight)
     assert manifest["weights_origin"] == "file" and "starts from pretrained" in capsys.readouterr().out
+
+
+def test_another_file_of_the_same_name_trains_anew(tmp_path, pretrained):
+    trained, digests, seen = [], [], []
+    for seed in (0, 0, 1):
+        file, _ = pretrained(seed)
+        run(tmp_path, arm="mobilenet-frozen", steps=1, validations=1, weights=file, seen=seen)
+        trained.append(len(seen))
+        digests.append(artefacts.read_json(arm_folder(tmp_path, "mobilenet-frozen") / "student.json")["settings"])
+    assert trained == [1, 1, 2]
+    assert digests[0] == digests[1] and digests[0]["weights"] == digests[2]["weights"]
+    assert digests[2]["weights_digest"] == artefacts.file_digest(file) != digests[0]["weights_digest"]

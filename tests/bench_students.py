@@ -1,0 +1,92 @@
+"""The students' speed: one image against one pair of DUSt3R, and training beside the original study's networks.
+
+    python tests/bench_students.py                       # the machine's best device; some ten minutes on a CPU
+    python tests/bench_students.py --size 96 128 --device cpu
+
+All in one run on one machine. DUSt3R has random weights (its times do not depend on them) and runs as this repository
+does it: bfloat16 on CUDA. Training images are counted at equal output resolution, batch and precision.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from kdutils import dust3r, evaluation, students, training  # noqa: E402
+from kdutils.augmentation import Examples  # noqa: E402
+from kdutils.settings import ARMS, RECIPES, Study  # noqa: E402
+
+LATENCY_ARMS = ("anchornet-scratch", "cnn-scratch", "mobilenet-scratch", "vit16-scratch", "vit32-scratch",
+                "vit64-scratch", "original-mobilenet", "original-cnn")  # fmt: skip
+TRAINED_ARMS = ("anchornet-scratch", "original-mobilenet", "original-cnn")
+DUST3R_SIZE = (384, 512)
+
+
+def main():
+    options = parse()
+    device = torch.device(options.device)
+    result = {"machine": evaluation.machine(device), "size": options.size, "batch": options.batch}
+    pair = dust3r_milliseconds(device)
+    result["dust3r_ms_a_pair"] = pair
+    result["ms_an_image"] = {arm: student_milliseconds(arm, options.size, device) for arm in LATENCY_ARMS}
+    result["times_faster_than_a_pair"] = {arm: pair / each for arm, each in result["ms_an_image"].items()}
+    rates = {arm: training_rate(arm, options, device) for arm in TRAINED_ARMS}
+    own = rates["anchornet-scratch"]
+    result |= {"training_images_a_second": rates, "times_their_rate": {arm: own / rate for arm, rate in rates.items()}}
+    print(json.dumps(result, indent=2))
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, nargs=2, default=DUST3R_SIZE, help="of the students' images: height, width")
+    parser.add_argument("--batch", type=int, default=4, help="of the training; the original study's is 4")
+    parser.add_argument("--seconds", type=float, default=20, help="of training an arm, one step at least")
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def dust3r_milliseconds(device, repeats=3):
+    """Median milliseconds for one pair at 512x384, after one that warms up."""
+    model = dust3r.DUSt3R().to(device).eval().to(memory_format=torch.channels_last)
+    images = [torch.rand(1, 3, *DUST3R_SIZE, device=device) for _ in range(2)]
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            model(*images)["conf_2"].cpu()
+        times.append(1000 * (time.perf_counter() - started))
+    return float(np.median(times[1:]))
+
+
+def student_milliseconds(arm, size, device):
+    student = students.build(replace(ARMS[arm], start="scratch"), size, uncertainty=False)[0]
+    return evaluation.latency(student.to(device, memory_format=torch.channels_last).eval(), size, repeats=5)
+
+
+def training_rate(arm, options, device):
+    """Images a second, augmentation included, validation not."""
+    count, rng = 4 * options.batch, np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, *options.size, 3), np.uint8)
+    depth = np.full(images.shape[:3], 2, np.float32)
+    intrinsics = np.array([[options.size[1], 0, options.size[1] / 2], [0, options.size[1], options.size[0] / 2],
+                           [0, 0, 1]], np.float32)  # fmt: skip
+    examples = Examples.of(images, depth, depth > 0, depth, intrinsics, np.tile(np.eye(4), (count, 1, 1)), device)
+    study, given = Study(device=str(device)), replace(ARMS[arm], start="scratch")
+    plan = training.Plan(RECIPES[given.backbone], 10**9, options.seconds, options.batch, validations=1, seed=0)
+    with tempfile.TemporaryDirectory() as folder:
+        study.workspace = Path(folder)
+        everything = np.arange(count)
+        _, manifest = training.run_arm(study, given, examples, everything, everything[:1], "bench", plan=plan)
+    return manifest["images_per_second"]
+
+
+if __name__ == "__main__":
+    main()
