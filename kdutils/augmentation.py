@@ -92,7 +92,7 @@ class Examples:
         Args:
             draws: ``(B, DRAWS)`` numbers in [-1, 1].
             rotation: largest turn in the image plane, degrees. zoom: largest, as the logarithm of a scale. shift:
-                largest, as a share of the image. colour: of brightness, contrast and each channel. blur: largest share
+                largest, as a share of half the image. colour: of brightness, contrast, channels. blur: largest share
                 that is blurred, or sharpened.
             travel, look: the camera itself moves by up to so many metres along each axis and turns by so many degrees
                 to the sides (novel views); a quarter of the frames stays where it is.

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import numpy as np
 
-from kdutils import artefacts, evaluation, figures, localisation, stages, teachers, training
+from kdutils import artefacts, evaluation, figures, localisation, losses, stages, teachers, training
 from kdutils.augmentation import Examples
 from kdutils.settings import ARMS, PRESETS, Study
 
@@ -46,6 +46,8 @@ class Classroom:
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
         study, test = self.study, self.test
         points, log_scale = self.predictions(name, with_scale=True)
+        if not losses.needs_uncertainty(manifest["settings"]["plan"]["recipe"]["loss"]):
+            log_scale = None  # there, but nothing taught it
         train_points = self.labels.points[self.train][self.labels.valid[self.train]]
         valid, measured = self.labels.valid[test], self.measured[test]
         return {

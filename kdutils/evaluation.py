@@ -174,6 +174,8 @@ def claims(rows):
         rows: of one or more scenes, see ``collect``; only the paper's own arms count.
     """
     rows = [row for row in rows if row["arm"] in PAPER_ARMS]
+    if not rows:
+        return []
     best = _best(rows)
     named = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
     ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())

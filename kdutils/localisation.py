@@ -14,7 +14,7 @@ from kdutils import geometry
 MOST_POINTS = 2000  # correspondences of one image
 CERTAIN_SHARE = 0.6  # of the pixels, by the student's uncertainty
 INLIER_SHARE = 0.015  # largest reprojection error of an inlier, as a share of the focal length
-RANSAC = {"min_iterations": 100, "max_iterations": 1000, "seed": 0}
+RANSAC = {"min_iterations": 100, "max_iterations": 1000, "max_prosac_iterations": 1000, "seed": 0}
 BANDS = {"within_5cm_5deg": (0.05, 5.0), "within_2cm_2deg": (0.02, 2.0)}  # metres, degrees
 FIGURES = ("translation", "rotation", *BANDS)
 

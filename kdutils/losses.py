@@ -46,7 +46,7 @@ def confidence(prediction, batch):
 def laplace(prediction, batch):
     """Negative log-likelihood of a Laplace distribution whose scale the student predicts: its uncertainty.
 
-    Half of it is the plain distance, for with the scale alone pixels that are hard at first would be given up.
+    It joins the plain distance, for alone it would give up the pixels that are hard at first.
 
     Raises:
         ValueError: the student predicts no uncertainty.

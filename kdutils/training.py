@@ -174,10 +174,7 @@ class _Run:
         if not self.plan.seconds:
             return by_steps
         spent = self.before + time.perf_counter() - self.started
-        if RANKS > 1:
-            spent = torch.tensor(spent, device=self.device)
-            torch.distributed.broadcast(spent, 0)
-        return max(by_steps, float(spent) / self.plan.seconds)
+        return max(by_steps, _agreed(spent / self.plan.seconds, self.device))
 
     def _next_validation(self, done):
         """The share of the budget at which the next validation is due."""
@@ -209,7 +206,8 @@ class _Run:
 
     def _validate(self, examples, validation_index, train_loss, done):
         student = self.mean.module if self.mean and self.mean.n_averaged else self.student
-        mse = validation_mse(student, examples, validation_index)
+        train_loss = _agreed(train_loss, self.device)
+        mse = _agreed(validation_mse(student, examples, validation_index), self.device)
         if not math.isfinite(train_loss + mse):
             raise TrainingError(
                 f"{self.state_path.parent.name}: the loss is no longer finite at step {self.step}. "
@@ -263,6 +261,15 @@ def learning_rate(recipe, done):
     if done < warm_up:
         return recipe.learning_rate * (0.02 + done) / (0.02 + warm_up)
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (done - warm_up) / (1 - warm_up)))
+
+
+def _agreed(number, device):
+    """The first process's number, in every process, so that all draw the same conclusion."""
+    if RANKS == 1:
+        return number
+    number = torch.tensor(number, device=device)
+    torch.distributed.broadcast(number, 0)
+    return float(number)
 
 
 def _recent_mean(mean, weights, count):
