@@ -206,15 +206,17 @@ def cost_against_error(rows):
 
 def ablations(groups):
     """Bars of test MSE, one panel a group; ``groups`` maps a title to a mapping of settings to MSE in m²."""
-    widths = [len(group) for group in groups.values()]
-    figure, axes = plt.subplots(1, len(groups), figsize=(0.9 * sum(widths) + 1.5, 3.4), layout="constrained",
-                                squeeze=False, sharey=True, width_ratios=widths)  # fmt: skip
-    for axis, (title, group) in zip(axes[0], groups.items()):
-        bars = axis.bar(list(group), list(group.values()), color=TRAIN, width=0.7)
-        axis.bar_label(bars, fmt="%.3f", fontsize=7)
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(axis="x", labelrotation=30, labelsize=8)
-    axes[0, 0].set(ylabel="test MSE in m² per coordinate", yscale="log")
+    counts = [len(group) for group in groups.values()]
+    figure, axes = plt.subplots(len(groups), 1, figsize=(7.5, 0.27 * sum(counts) + 0.45 * len(groups) + 0.6),
+                                layout="constrained", squeeze=False, sharex=True, height_ratios=counts)  # fmt: skip
+    for axis, (title, group) in zip(axes[:, 0], groups.items()):
+        bars = axis.barh(list(group), list(group.values()), color=TRAIN, height=0.7)
+        axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.tick_params(labelsize=8)
+        axis.invert_yaxis()
+    axes[-1, 0].set(xlabel="test MSE in m² per coordinate", xscale="log")
+    axes[-1, 0].margins(x=0.15)
     return figure
 
 

@@ -260,9 +260,9 @@ def test_every_arm_has_a_colour_and_a_line(draw):
 
 def test_ablations_have_a_panel_each(draw):
     figure = draw(figures.ablations({"loss": {"mse": 0.2, "l1": 0.1}, "patch": {"16": 0.3, "32": 0.4, "64": 0.5}}))
-    assert [axis.get_title() for axis in figure.axes] == ["loss", "patch"]
-    assert [[bar.get_height() for bar in axis.patches] for axis in figure.axes] == [[0.2, 0.1], [0.3, 0.4, 0.5]]
-    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["mse", "l1"]
+    assert [axis.get_title("left") for axis in figure.axes] == ["loss", "patch"]
+    assert [[bar.get_width() for bar in axis.patches] for axis in figure.axes] == [[0.2, 0.1], [0.3, 0.4, 0.5]]
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["mse", "l1"]
 
 
 def test_still_cloud_and_two_clouds(world, draw):
