@@ -50,6 +50,7 @@ class Classroom:
             log_scale = None  # there, but nothing taught it
         train_points = self.labels.points[self.train][self.labels.valid[self.train]]
         valid, measured = self.labels.valid[test], self.measured[test]
+        located = self.localise(points, None, log_scale)
         return {
             **{key: study.describe()[key] for key in ("scene", "teacher", "preset", "seed")},
             "arm": name,
@@ -58,11 +59,12 @@ class Classroom:
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
             "mean_point": evaluation.mean_point_errors(train_points, self.labels.points[test], valid),
-            "localisation": self.localise(points, None, log_scale),
+            "localisation": {name: located[name] for name in localisation.FIGURES},
             "size": evaluation.size_of(student),
             "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
                          "loss": manifest["settings"]["plan"]["recipe"]["loss"]},
             "timing": {"latency_ms": evaluation.latency(student, study.preset.size),
+                       "localised_milliseconds": located["milliseconds"],
                        "train_seconds": manifest["seconds"],
                        "train_images_per_second": manifest["images_per_second"]},
             "machine": evaluation.machine(study.device),

@@ -212,7 +212,7 @@ def test_notebooks_3d_views_draw_in_a_browser(study, tmp_path):
                     page = tmp_path / f"{path.stem}.html"
                     from_json(json.dumps({k: figure[k] for k in ("data", "layout")})).write_html(page)
                     drawn = screenshot(page, page.with_suffix(".png")).min(-1) < 200
-                    assert drawn.mean() > 0.01, path.name
+                    assert drawn.mean() > 0.005, path.name  # an empty scene: 0.002
                     views += 1
     assert views >= 4
 
