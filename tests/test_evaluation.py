@@ -141,7 +141,8 @@ def metrics(arm, mse, weights="random"):
         "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6, "half_megabytes": 14e-6},
         "localisation": {"translation": 0.07, "rotation": 2.5, "within_5cm_5deg": 0.3, "within_2cm_2deg": 0.1},
         "training": {"steps": 200, "batch": 8, "loss": ARMS[arm].loss or "mse"},
-        "timing": {"latency_ms": 1 / 3, "localised_milliseconds": 6.0, "train_seconds": 2.0, "train_images_per_second": 800.0},
+        "timing": {"latency_ms": 1 / 3, "localised_milliseconds": 6.0, "train_seconds": 2.0,
+                   "train_images_per_second": 800.0},
         "machine": "a machine",
     }  # fmt: skip
 
