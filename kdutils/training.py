@@ -103,7 +103,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
     settings = {"arm": asdict(arm), "plan": asdict(plan), "inputs": inputs, "size": list(examples.size),
                 "vit_blocks": study.preset.vit_blocks, "weights": origin.note, "device": study.device.type,
                 "weights_digest": origin.path and artefacts.file_digest(origin.path)}  # fmt: skip
-    student.to(study.device)
+    student.to(study.device, memory_format=torch.channels_last)  # also when found: other layouts round otherwise
     if artefacts.manifest_matches(folder / "student.json", settings):
         student.load_state_dict(load_file(folder / "student.safetensors", device=str(study.device)))
         return student.eval(), artefacts.read_json(folder / "student.json")
@@ -150,7 +150,6 @@ class _Run:
     def fit(self, examples, train_index, validation_index):
         torch.backends.cudnn.benchmark = not self.plan.deterministic
         torch.use_deterministic_algorithms(self.plan.deterministic, warn_only=True)
-        self.student.to(memory_format=torch.channels_last)
         self.learner = _joined(torch.compile(self.student) if self.plan.compile else self.student, self.device)
         self.started, self.before = time.perf_counter(), self.seconds
         done = self._done()

@@ -441,3 +441,10 @@ def test_another_file_of_the_same_name_trains_anew(tmp_path, pretrained):
     assert trained == [1, 1, 2]
     assert digests[0] == digests[1] and digests[0]["weights"] == digests[2]["weights"]
     assert digests[2]["weights_digest"] == artefacts.file_digest(file) != digests[0]["weights_digest"]
+
+
+def test_a_student_that_was_found_predicts_as_when_it_was_trained(tmp_path):
+    trained, _, examples = run(tmp_path, arm="mobilenet-frozen", size=(96, 128))
+    found, _, _ = run(tmp_path, arm="mobilenet-frozen", size=(96, 128))
+    first, again = (training.predict(student, examples.images[:8]).points for student in (trained, found))
+    assert torch.equal(first, again)
