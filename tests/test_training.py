@@ -448,3 +448,10 @@ def test_a_student_that_was_found_predicts_as_when_it_was_trained(tmp_path):
     found, _, _ = run(tmp_path, arm="mobilenet-frozen", size=(96, 128))
     first, again = (training.predict(student, examples.images[:8]).points for student in (trained, found))
     assert torch.equal(first, again)
+    # On several threads another memory layout rounds otherwise.
+    assert layouts(found) == layouts(trained) == {True}
+
+
+def layouts(student):
+    wide = (tensor for tensor in student.state_dict().values() if tensor.ndim == 4 and min(tensor.shape[1:3]) > 1)
+    return {tensor.is_contiguous(memory_format=torch.channels_last) for tensor in wide}
