@@ -20,7 +20,7 @@ from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, 
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 SCENE_NOTEBOOKS = ("01_scenes", "02_dust3r_labels", "03_alignment", "04_cnn_students", "05_vit_students")
-RESULTS = "06_results"
+SUMMARIES = {"06_results": "results.json", "07_compact_teacher": "compact_teacher.json"}  # of all scenes at once
 
 
 class StageFailed(RuntimeError):
@@ -33,16 +33,16 @@ def main(argv=None):
     names = [name for scene in given for name in expand(scene)]
     print(f"{len(names)} scene(s), preset {options.preset}: {', '.join(given)}", flush=True)
     started, failures, done = time.time(), [], []
-    total = len(SCENE_NOTEBOOKS) * len(names) + 1
+    total = len(SCENE_NOTEBOOKS) * len(names) + len(SUMMARIES)
     for number, scene in enumerate(names):
         with noted(failures):
             study = Study(scene, options.preset, options.teacher, options.device, options.seed)
             print(stages.settle_teacher(study, _path(options.checkpoint)), flush=True)
             run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
             done.append(study)
-    if done:
+    for name in SUMMARIES if done else ():
         with noted(failures):
-            run_results(done, options, total)
+            run_summary(name, done, options, total)
     summarise(done, failures, time.time() - started)
     return 1 if failures else 0
 
@@ -66,7 +66,7 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
-    parser.add_argument("--weights", default="auto", help="the students' backbones: folder or file")
+    parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a folder or a file")
     parser.add_argument("--verbose", action="store_true", help="show what the notebooks print")
     return parser.parse_args(argv)
 
@@ -94,15 +94,16 @@ def run_scene(study, options, number, total):
         inputs = outputs if place <= number + 3 else inputs
 
 
-def run_results(studies, options, total):
-    """Notebook 06, once for all the scenes."""
+def run_summary(name, studies, options, total):
+    """Notebook 06 or 07, once for all the scenes."""
     study = studies[0]
     is_default = [s.scene for s in studies] == list(study.preset.scenes)
     scene = "all" if is_default else ",".join(s.given for s in studies)
-    inputs = [path for s in studies for name in SCENE_NOTEBOOKS[3:] for path in outputs_of(s, name)]
-    copy = study.workspace / "runs" / "notebooks" / f"{RESULTS}.ipynb"
-    outputs = [study.figures_folder("all" if is_default else "+".join(s.scene for s in studies)) / "results.json"]
-    run_notebook(f"[{total}/{total}] {RESULTS}", RESULTS, {"scene": scene, **_common(study)}, copy, inputs, outputs,
+    inputs = [path for s in studies for earlier in SCENE_NOTEBOOKS[3:] for path in outputs_of(s, earlier)]
+    copy = study.workspace / "runs" / "notebooks" / f"{name}.ipynb"
+    outputs = [study.figures_folder("all" if is_default else "+".join(s.scene for s in studies)) / SUMMARIES[name]]
+    place = total - len(SUMMARIES) + 1 + list(SUMMARIES).index(name)
+    run_notebook(f"[{place}/{total}] {name}", name, {"scene": scene, **_common(study)}, copy, inputs, outputs,
                  [s.describe() for s in studies], options.verbose)  # fmt: skip
 
 

@@ -147,7 +147,7 @@ def main(argv=None):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
-    parser.add_argument("--weights", default="auto", help="the students' backbones: folder or file")
+    parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a path")
     options = parser.parse_args(argv)
     study = Study(options.scene, options.preset, options.teacher, options.device, options.seed)
     print(stages.settle_teacher(study, options.checkpoint))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdutils import artefacts
+from kdutils import artefacts, geometry, registration
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS
 from kdutils.training import predict
 
@@ -51,6 +51,52 @@ def point_errors(predicted, truth, mask):
         **{f"within_{cm}cm": float(np.mean(distance < cm / 100)) for cm in BANDS_CM},
         "pixels": int(mask.sum()),
     }
+
+
+def pair_errors(said, own_points, known, poses):
+    """Error figures of a teacher's pairwise pointmaps, each pair at the scale that fits it best.
+
+    Args:
+        said: ``teachers.PairPointmaps`` of P pairs. own_points: true points ``(N, H, W, 3)`` in each frame's camera,
+            metres. known: ``(N, H, W)`` bool, where they are true, or None for everywhere. poses: ``(N, 4, 4)``
+            camera-to-world. All at one resolution, whatever it is.
+
+    Returns:
+        A dict of medians: ``depth``, relative error along z in view 1; ``points``, both views' error as a share of the
+        true distance from view 1's camera; ``rotation``, degrees between the true motion of the camera and the one
+        that is read off the pointmaps, over pairs that are there both ways; ``sure`` and ``unsure``, the mean error of
+        the more and of the less confident half of all pixels, as a share of the distance; ``unit``, metres in one of
+        the teacher's units, and ``unit_spread``, the standard deviation of its logarithm from pair to pair; ``pairs``,
+        their number.
+    """
+    known = np.ones(own_points.shape[:3], bool) if known is None else known
+    depth, points, confidence, units, motions = [], [], [], [], {}
+    for k, (i, j) in enumerate(said.pairs):
+        motion = geometry.invert(poses[i]) @ poses[j]
+        truth = np.stack([own_points[i], geometry.transform(motion, own_points[j])])
+        answer, there = np.stack([said.points_i[k], said.points_j[k]]).astype(np.float64), known[[i, j]]
+        distance = np.linalg.norm(truth, axis=-1)
+        scale = np.median(distance[there] / np.linalg.norm(answer, axis=-1)[there].clip(1e-9))
+        units.append(scale)
+        depth.append(np.abs(scale * answer[0, ..., 2] / truth[0, ..., 2].clip(1e-9) - 1)[there[0]])
+        points.append((np.linalg.norm(scale * answer - truth, axis=-1) / distance.clip(1e-9))[there])
+        confidence.append(np.stack([said.confidence_i[k], said.confidence_j[k]])[there])
+        motions[i, j] = k, motion
+    turned = [geometry.rotation_angle(motion[:3, :3].T @ _rotation(said, k, motions[j, i][0]))
+              for (i, j), (k, motion) in motions.items() if (j, i) in motions]  # fmt: skip
+    depth, points, confidence = (np.concatenate(parts) for parts in (depth, points, confidence))
+    sure = confidence > np.median(confidence)
+    medians = {"depth": np.median(depth), "points": np.median(points),
+               "rotation": np.median(turned) if turned else np.nan, "unit": np.median(units)}  # fmt: skip
+    means = {"sure": points[sure].mean(), "unsure": points[~sure].mean(), "unit_spread": np.log(units).std()}
+    return {name: float(value) for name, value in (medians | means).items()} | {"pairs": len(said.pairs)}
+
+
+def _rotation(said, forth, back):
+    """How view j is turned in view i's frame: its points there are those in its own frame, from the pair (j, i)."""
+    own, seen = said.points_i[back].reshape(-1, 3), said.points_j[forth].reshape(-1, 3)
+    weights = said.confidence_i[back].ravel() * said.confidence_j[forth].ravel()
+    return registration.decompose(registration.similarity(own, seen, weights - weights.min()))[1]
 
 
 def size_of(student):
@@ -223,12 +269,25 @@ def _answers(here):
                    f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
                    f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
                    f"{own['train_images_per_second']:.0f}")  # fmt: skip
+    frozen = [(name, here[random], here[frozen]) for name, frozen, random in _frozen_pairs()
+              if {frozen, random} <= set(here) and not here[frozen]["unpretrained"]]  # fmt: skip
+    if frozen:
+        gains = ", ".join(f"{name} {random['mse'] / pretrained['mse']:.1f}x" for name, random, pretrained in frozen)
+        note = " and ".join(dict.fromkeys(pretrained["weights"] for _, _, pretrained in frozen))
+        yield ("What is a pretrained backbone worth, frozen?",
+               f"a random one has so many times its MSE ({note} weights): {gains}")  # fmt: skip
     losses = {row["loss"]: row for arm, row in here.items() if arm in ABLATION_ARMS and ARMS[arm].loss}
     if "mse" in losses:
         winner = min(losses.values(), key=lambda row: row["mse"])
         yield ("Do other distillation losses help?",
                f"{winner['loss']} is best with {winner['mse']:.4f} m², the paper's MSE loss "
                f"gives {losses['mse']['mse']:.4f}")  # fmt: skip
+
+
+def _frozen_pairs():
+    """Names of backbones, each with its frozen arm and the frozen arm whose weights stay random."""
+    return [(arm.removesuffix("-frozen-random"), arm.removesuffix("-random"), arm)
+            for arm in ABLATION_ARMS if arm.endswith("-frozen-random")]  # fmt: skip
 
 
 def ablation_groups(rows):
@@ -238,10 +297,12 @@ def ablation_groups(rows):
         "ViT from scratch: patch": {str(patch): f"vit{patch}-scratch" for patch in (16, 32, 64)},
         "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
         "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
+        "Frozen backbone: pretrained or random": dict(
+            item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
         "AnchorNet, a quarter of the steps: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
-        "AnchorNet: steps": {f"{budget:g}x": arm for budget, arm in sorted(
-            (arm.budget, name) for name, arm in ARMS.items()
-            if arm.backbone == "anchornet" and arm.loss in (None, RECIPES["anchornet"].loss))},
+        "AnchorNet: steps": {f"{budget:g}x": name for budget, name in sorted(
+            (arm.budget, name) for name, arm in ARMS.items() if (arm.backbone, arm.start) == ("anchornet", "scratch")
+            and arm.loss in (None, RECIPES["anchornet"].loss))},
     }  # fmt: skip
     found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
              for title, group in groups.items()}  # fmt: skip
@@ -284,7 +345,8 @@ def _row(metrics):
     own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
     depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
     first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
-    unpretrained = metrics["weights"] == "random" and ARMS[metrics["arm"]].start != "scratch"
+    arm = ARMS[metrics["arm"]]
+    unpretrained = metrics["weights"] == "random" and arm.start != "scratch" and arm.weights != "random"
     label = metrics["arm"] + (" (random weights)" if unpretrained else "")
     baseline = metrics["mean_point"]["mse"]
     localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}

@@ -162,6 +162,33 @@ def training_curves(histories, baseline=None):
     return figure
 
 
+def pretraining_curves(log):
+    """A teacher's validation by minutes, from its log: relative errors on the left, the camera's rotation right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
+    minutes = [entry["seconds"] / 60 for entry in log]
+    for name, colour in (("depth", TRAIN), ("points", TEST)):
+        left.plot(minutes, [100 * entry[name] for entry in log], color=colour, label=name)
+    right.plot(minutes, [entry["rotation"] for entry in log], color=TRAIN)
+    for axis, label in ((left, "median error in %"), (right, "median rotation error in degrees")):
+        axis.set(xlabel="minutes", ylabel=label, yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    left.legend()
+    return figure
+
+
+def matches(image1, image2, patches1, patches2, patch):
+    """Two views side by side; lines join patches of the first, numbered row by row, with their places in the second."""
+    figure, axis = plt.subplots(figsize=(8, 3.2), layout="constrained")
+    width = image1.shape[1]
+    axis.imshow(np.concatenate([image1, image2], axis=1))
+    for k, (a, b) in enumerate(zip(np.asarray(patches1), np.asarray(patches2))):
+        rows, columns = np.divmod([a, b], width // patch)
+        x, y = (columns + 0.5) * patch + [0, width], (rows + 0.5) * patch
+        axis.plot(x, y, color=f"C{k}", marker="s", markersize=14, markerfacecolor="none")
+    axis.axis("off")
+    return figure
+
+
 def results(rows, baseline=None, paper=None):
     """Test MSE of every arm as bars; hatched where pretrained weights could not be had.
 

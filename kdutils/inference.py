@@ -30,15 +30,14 @@ class DUSt3RTeacher:
         model: a ``dust3r.DUSt3R``; the teacher works on its device, with bfloat16 before the heads on CUDA.
         batch: pairs that are decoded together; by default as many as suit the device. Halved when its memory runs out.
         folder: where a nameless file keeps the encoded images that memory has no room for.
+        name: what its labels are called; ``compact`` is another DUSt3R than the published one.
 
     Raises:
         ValueError: an image's size is no multiple of 16.
     """
 
-    name = "dust3r"
-
-    def __init__(self, frames, model, batch=None, folder=None):
-        self.images, self.model = frames.image, model
+    def __init__(self, frames, model, batch=None, folder=None, name="dust3r"):
+        self.images, self.model, self.name = frames.image, model, name
         self.device = model.enc_norm.weight.device
         self.is_half = self.device.type == "cuda"
         for size in {image.shape[:2] for image in self.images}:

@@ -666,13 +666,15 @@ def _office(make, width, depth):
     return plan
 
 
-def build_room(kind, seed, device="cpu"):
+def build_room(kind, seed, device="cpu", workers=None):
     """The room of a kind and integer seed, lit; raises ValueError for an unknown kind.
 
-    The light is computed here, once, on `device`; the room itself comes back on the CPU.
+    The light is computed here, once, on `device`, by as many `workers` as suit it; the room itself comes back on the
+    CPU.
     """
     room = furnish(kind, seed)
-    return replace(room, scene=caster.bake_light(room.scene.to(device), workers=_workers(device)).to("cpu"))
+    workers = _workers(device) if workers is None else workers
+    return replace(room, scene=caster.bake_light(room.scene.to(device), workers=workers).to("cpu"))
 
 
 def furnish(kind, seed):

@@ -10,7 +10,7 @@ import torch
 from kdutils.artefacts import read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TEACHERS = ("depth", "dust3r")
+TEACHERS = ("depth", "dust3r", "compact")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Arm:
     """One student of the study: a backbone, how it starts, and what of it learns.
 
     ``start`` is "scratch" (random), "frozen" (pretrained, only the head learns) or "unfrozen" (pretrained, all learns).
-    ``loss`` and ``budget``, in shares of the preset's, take the place of the recipe's.
+    ``loss`` and ``budget``, in shares of the preset's, take the place of the recipe's, and ``weights`` that of the
+    study's, see ``students.find_weights``.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Arm:
     patch: int | None = None
     loss: str | None = None
     budget: float = 1.0
+    weights: str | None = None
 
 
 def _by_name(*arms):
@@ -40,7 +42,7 @@ PAPER_ARMS = _by_name(
     *(Arm(f"vit{patch}-{start}", "vit", start, patch) for patch in (16, 32, 64) for start in STARTS),
 )
 OWN_ARMS = _by_name(
-    Arm("anchornet-scratch", "anchornet", "scratch"),
+    *(Arm(f"anchornet-{start}", "anchornet", start) for start in STARTS),
     Arm("anchornet-long", "anchornet", "scratch", budget=8),
 )
 ORIGINAL_ARMS = _by_name(
@@ -53,9 +55,11 @@ ABLATION_ARMS = _by_name(
       for loss in ABLATION_LOSSES),
     Arm("anchornet-half", "anchornet", "scratch", budget=0.5),
     Arm("anchornet-eighth", "anchornet", "scratch", budget=0.125),
+    *(Arm(f"{frozen.name}-random", frozen.backbone, "frozen", frozen.patch, weights="random")
+      for frozen in (*PAPER_ARMS.values(), *OWN_ARMS.values()) if frozen.start == "frozen"),
 )  # fmt: skip
 ARMS = {**PAPER_ARMS, **OWN_ARMS, **ORIGINAL_ARMS, **ABLATION_ARMS}
-VIT_ARMS = tuple(name for name, arm in PAPER_ARMS.items() if arm.backbone == "vit")
+VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone == "vit")
 CNN_ARMS = tuple(name for name in ARMS if name not in VIT_ARMS)
 
 
@@ -100,6 +104,39 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """How long weights that ship are trained, and how: to the end of ``steps`` or ``seconds``, whichever comes first.
+
+    ``rooms`` rendered ones are learned from at a time; every ``steps_a_room`` steps one gives way to a new one.
+    """
+
+    steps: int
+    batch: int
+    rooms: int
+    steps_a_room: int
+    learning_rate: float = 1e-3
+    seconds: float | None = None
+    validations: int = 20
+    seed: int = 0
+    weight_decay: float = 0.01
+    schedule: str = "cosine"
+    bfloat16: tuple[str, ...] = ("cuda", "cpu")  # kinds of device that train with it
+
+
+# "cuda" is the experiment itself, about half an hour on one large GPU; "cpu" is what a small machine can do.
+COMPACT_PLANS = {
+    "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=2, validations=2),
+    "cpu": Pretraining(steps=1_000_000, batch=8, rooms=150, steps_a_room=15, seconds=3300),
+    "cuda": Pretraining(steps=120_000, batch=64, rooms=1000, steps_a_room=60, validations=60),
+}
+BACKBONE_PLANS = {  # batches in rooms
+    "smoke": Pretraining(steps=4, batch=1, rooms=2, steps_a_room=2, validations=2),
+    "cpu": Pretraining(steps=1_000_000, batch=2, rooms=150, steps_a_room=60, seconds=600, validations=10),
+    "cuda": Pretraining(steps=40_000, batch=16, rooms=1000, steps_a_room=20, validations=40),
+}
+
+
+@dataclass(frozen=True)
 class Preset:
     """Everything that decides a run's result besides scene, teacher, device and seed."""
 
@@ -119,8 +156,8 @@ class Preset:
     augmentation: Augmentation = MILD
     bfloat16: tuple[str, ...] = ("cuda",)  # kinds of device that train with it
     vit_blocks: int = 12  # the paper has ViTs of 4 and of 12
-    teacher: str = "depth"
-    other_teacher: str = "depth"  # where DUSt3R's checkpoint cannot be had
+    teacher: str = "compact"
+    other_teacher: str = "compact"  # where DUSt3R's checkpoint cannot be had; it has seen rendered rooms only
     validation_share: float = 0.15  # of each training sequence, its end
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     compile: bool = False  # torch.compile: for budgets of many minutes
@@ -140,6 +177,7 @@ PRESETS = {
     "sample": _SAMPLE,
     "hour": replace(
         _SAMPLE, scenes=("kitchen",), size=(120, 160), most_train=400, seconds=150, steps=100_000, batch=16,
+        teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
         first_scene_arms=("cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS),
     ),
@@ -147,6 +185,7 @@ PRESETS = {
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
         most_train=1000, most_test=400, steps=100_000, seconds=60, batch=16, validations=20, augmentation=STRONG,
         first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS), vit_blocks=12, teacher="dust3r",
+        other_teacher="depth",
     ),
 }  # fmt: skip
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
+from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes, shipped
+from kdutils.alignment.posing import Posed
 
 Labels = namedtuple("Labels", "points confidence valid depth report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres, confidence and valid (N, H, W), depth along z (N, H, W)."""
@@ -95,15 +96,22 @@ def align(study):
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
-                "alignment": alignment.VERSION}  # fmt: skip
+                "alignment": alignment.VERSION, "unit": unit_of(study.teacher)}  # fmt: skip
     with artefacts.alone(study.labels_folder):
         if not artefacts.manifest_matches(manifest, settings):
             _align(study, shards, manifest, settings)
     return labels(study)
 
 
+def unit_of(teacher):
+    """Metres in one unit of the teacher ``compact``, see ``alignment.posing``; None for teachers without a unit."""
+    return shipped.card("compact_dust3r")["validation"]["unit"] if teacher == "compact" else None
+
+
 def _align(study, shards, manifest, settings):
     scene_frames = frames(study)
+    if settings["unit"]:
+        shards = Posed(shards, scene_frames.intrinsics, scene_frames.poses, settings["unit"])
     aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,
                                      partial(tqdm, desc="align", unit="shard"))  # fmt: skip
     valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)

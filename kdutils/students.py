@@ -2,7 +2,8 @@
 
 The arms of arXiv 2412.02039 share the same end, a pixel-shuffle head, and differ in what comes before it: a plain CNN,
 MobileNetV3-Large or a Vision Transformer. Backbones and their pretrained weights are timm's. The study's own student is
-in ``anchornet``, the two of the original study's code in ``original``.
+in ``anchornet``, the two of the original study's code in ``original``. Weights pretrained on rendered rooms come with
+the study (``shipped``), for where timm's cannot be had.
 """
 
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from kdutils import anchornet, original
+from kdutils import anchornet, original, shipped
 
 # timm's names; the hub's repository is the same under "timm/".
 TIMM_MODELS = {
@@ -32,7 +34,7 @@ LEAST_LOG_SCALE = -6.0  # 2.5 mm: nothing here is known better
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a backbone's weights came from: ``origin`` is "hub", "file" or "random"; ``note`` says it in words."""
+    """Where a backbone's weights came from: ``origin`` is "hub", "shipped", "file", "random"; ``note`` says more."""
 
     origin: str
     note: str
@@ -86,13 +88,17 @@ class Student(nn.Module):
 
     def forward(self, images):
         height, width = images.shape[-2:]
-        multiple = self.backbone.multiple
-        padded = F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            features = self.backbone(padded)
+            features = self.backbone(padded(images, self.backbone.multiple))
         said = self.head(features)[..., :height, :width].float()
         points = self.centre[:, None, None] + self.extent * said[:, :3]
         return Prediction(points, said[:, 3:].clamp(min=LEAST_LOG_SCALE) if said.shape[1] > 3 else None)
+
+
+def padded(images, multiple):
+    """Images ``(B, 3, H, W)`` whose border is repeated until their sides are multiples of ``multiple``."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % multiple, 0, -height % multiple), mode="replicate")
 
 
 class PixelShuffleHead(nn.Module):
@@ -200,7 +206,7 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
     Args:
         arm: ``settings.Arm``.
         size: (height, width) of the images in pixels.
-        weights: "auto" (timm's hub), or a folder with ``TIMM_NAME.safetensors``, or such a file.
+        weights: see ``find_weights``; an arm that names its own keeps to them.
         vit_blocks: of a ViT's twelve, those that are used.
         uncertainty: whether a pixel-shuffle head predicts it; the own arm's always does, the original study's never.
 
@@ -212,8 +218,10 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
     student = Student(backbone, head(backbone.channels, backbone.stride), size)
     if arm.start == "scratch":
         return student, Weights("random", "random weights, as this arm asks for")
-    found = find_weights(arm.backbone.removeprefix("original-"), weights)
-    if found.path:
+    found = find_weights(arm, arm.weights or weights, vit_blocks)
+    if found.origin == "shipped":
+        _load_shipped(student.backbone, backbone_name(arm))
+    elif found.path:
         student.backbone.load(found.path)
     if arm.start == "frozen":
         student.freeze_backbone()
@@ -232,20 +240,58 @@ HEADS = {"anchornet": anchornet.AnchorHead, "original-cnn": original.OriginalCNN
          "original-mobilenet": original.OriginalMobileNetHead}  # fmt: skip
 
 
-def find_weights(backbone, weights="auto"):
-    """The pretrained weights of a backbone: a given file or folder first, then timm's hub, else none.
+def find_weights(arm, weights="auto", vit_blocks=12):
+    """The pretrained weights that an arm (``settings.Arm``) starts from.
+
+    Args:
+        weights: "timm" for timm's hub; "shipped" for those that come with the study; "auto" for the first of the two
+            that can be had; "random" for none; or a folder with ``TIMM_NAME.safetensors``, or such a file. timm has no
+            AnchorNet: there "timm" is "random", and a folder or file is "shipped".
+        vit_blocks: of a ViT; shipped weights fit one number only.
 
     Raises:
         FileNotFoundError: a file or folder was given and does not hold them.
+        shipped.ShippedError: the shipped ones are damaged.
     """
-    name = TIMM_MODELS[backbone]
-    if weights == "auto":
-        return _from_hub(name)
-    path = Path(weights)
-    path = path / f"{name}.safetensors" if path.is_dir() else path
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise FileNotFoundError(f"{path}: no such weights. Give {name}.safetensors or a folder that holds it.")
-    return Weights("file", f"pretrained, {path.name}", str(path))
+    name = TIMM_MODELS.get(arm.backbone.removeprefix("original-"))
+    if weights == "random":
+        return Weights("random", "random weights, as was asked for")
+    if weights in ("auto", "timm") and name:
+        found = _from_hub(name)
+        if found.path or weights == "timm":
+            return found
+    elif weights == "timm":
+        return Weights("random", "RANDOM WEIGHTS: timm has no such network")
+    elif weights not in ("auto", "shipped") and name:
+        path = Path(weights)
+        path = path / f"{name}.safetensors" if path.is_dir() else path
+        if not path.is_file() or path.suffix != ".safetensors":
+            raise FileNotFoundError(f"{path}: no such weights. Give {name}.safetensors or a folder that holds it.")
+        return Weights("file", f"pretrained, {path.name}", str(path))
+    return _from_the_study(backbone_name(arm), vit_blocks)
+
+
+def backbone_name(arm):
+    """What the shipped weights of an arm's backbone are called, such as vit16."""
+    return arm.backbone.removeprefix("original-") + str(arm.patch or "")
+
+
+def _from_the_study(name, vit_blocks):
+    blocks = shipped.card(name)["settings"].get("vit_blocks")
+    if blocks not in (None, vit_blocks):
+        return Weights("random", f"RANDOM WEIGHTS: timm's were not to be had, and the study's own ViT has "
+                                 f"{blocks} blocks, not {vit_blocks}")  # fmt: skip
+    return Weights("shipped", f"pretrained on rendered rooms, data/weights/{name}", str(shipped.locate(name)))
+
+
+def _load_shipped(backbone, name):
+    tensors = shipped.tensors(name)
+    if isinstance(backbone, VisionTransformer):
+        old, new = (tuple(-(-side // backbone.stride) for side in size)
+                    for size in (shipped.card(name)["settings"]["size"], backbone.size))  # fmt: skip
+        embedding, prefix = "body.pos_embed", backbone.body.num_prefix_tokens
+        tensors[embedding] = resample_abs_pos_embed(tensors[embedding], new, old, prefix)
+    backbone.load_state_dict(tensors)
 
 
 @lru_cache

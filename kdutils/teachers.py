@@ -76,9 +76,15 @@ def pair_scale(pairs):
 
 
 def build(study, frames, checkpoint="auto"):
-    """The study's teacher for these frames; ``checkpoint`` is DUSt3R's, see ``dust3r.load_checkpoint``."""
+    """The study's teacher for these frames; ``checkpoint`` is DUSt3R's, see ``dust3r.load_checkpoint``.
+
+    The teacher ``compact`` is a small DUSt3R that comes with the study; it needs no checkpoint.
+    """
     if study.teacher == "depth":
         return DepthTeacher(frames)
-    from kdutils import dust3r, inference
+    from kdutils import dust3r, inference, shipped
 
-    return inference.DUSt3RTeacher(frames, dust3r.load_checkpoint(checkpoint, study.device), folder=study.labels_folder)
+    if study.teacher == "compact":
+        checkpoint = shipped.locate("compact_dust3r").parent
+    model = dust3r.load_checkpoint(checkpoint, study.device)
+    return inference.DUSt3RTeacher(frames, model, folder=study.labels_folder, name=study.teacher)

@@ -104,7 +104,7 @@ def test_a_checkpoint_that_turns_up_is_used(no_hub, tmp_path):
 def test_a_checkpoint_that_was_named_is_not_replaced(no_hub, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         stages.settle_teacher(Study("kitchen", "study"), str(tmp_path / "typo.safetensors"))
-    assert stages.settle_teacher(Study("kitchen")) == "teacher depth"
+    assert stages.settle_teacher(Study("kitchen")) == "teacher compact"
 
 
 @pytest.mark.parametrize("wrong", [{"preset": "huge"}, {"teacher": "mast3r"}, {"device": "abacus"}])

@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import box_world, rotation
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from kdutils import evaluation, students, training
+from kdutils import evaluation, geometry, students, training
 from kdutils.settings import ABLATION_ARMS, ARMS, Study
 from kdutils.students import Prediction
+from kdutils.teachers import DepthTeacher, PairPointmaps
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 VECTOR = st.tuples(*[st.floats(-2, 2)] * 3).map(np.array)
@@ -68,6 +70,70 @@ def test_mean_point_baseline_is_the_variance_of_the_room():
     assert found["mse"] == pytest.approx(points.var(0).mean())
     far = evaluation.mean_point_errors(points + [3, 0, 0], truth, mask)
     assert far["mse"] == pytest.approx(points.var(0).mean() + 3)
+
+
+WORLD = box_world(3)
+BOTH_WAYS = np.array([[0, 1], [1, 0], [0, 2], [2, 0]])
+
+
+def perfect(scale=1.0):
+    """A teacher's answers without error, at any scale, and the arguments that go with them."""
+    said = DepthTeacher(WORLD)(BOTH_WAYS)
+    said = said._replace(points_i=scale * said.points_i, points_j=scale * said.points_j)
+    return said, (geometry.unproject(WORLD.depth, WORLD.intrinsics), None, WORLD.poses)
+
+
+@given(st.floats(0.1, 10))
+def test_a_perfect_teacher_has_no_error_at_any_scale(scale):
+    said, truth = perfect(scale)
+    found = evaluation.pair_errors(said, *truth)
+    assert found["pairs"] == 4
+    assert max(found[name] for name in ("depth", "points", "sure", "unsure")) < 1e-5
+    assert found["rotation"] < 0.01
+
+
+@given(st.floats(0.5, 20), st.integers(0, 100))
+def test_a_turned_second_view_is_a_rotation_error_and_no_depth_error(degrees, seed):
+    said, truth = perfect()
+    axis = np.random.default_rng(seed).normal(size=3)
+    turn = rotation(np.radians(degrees) * axis / np.linalg.norm(axis))
+    points_j = said.points_j.copy()
+    points_j[0] = said.points_j[0] @ turn.T  # about view 1's camera, in the answer to (0, 1) alone
+    one_way = PairPointmaps(*(array[:2] for array in said._replace(points_j=points_j)))
+    found = evaluation.pair_errors(one_way, *truth)
+    # Of the two motions that are read off, only the one of the turned answer is wrong: their median is half of it.
+    assert found["rotation"] == pytest.approx(degrees / 2, abs=0.02)
+    assert found["depth"] < 1e-5 < found["unsure"]
+
+
+def test_errors_of_pairs_are_shares_of_the_true_distance():
+    said, truth = perfect()
+    stretched = said.points_i.copy()
+    stretched[:, ::2] *= 1.2  # every other row too far: the scale that fits best is still 1
+    found = evaluation.pair_errors(said._replace(points_i=stretched), *truth)
+    assert found["sure"] + found["unsure"] == pytest.approx(0.1, rel=0.05)  # two halves, mean 0.05
+    all_rows = said._replace(points_i=1.2 * said.points_i)
+    assert evaluation.pair_errors(all_rows, *truth)["points"] == pytest.approx(11 / 120)  # scaled to the middle
+
+
+def test_confidence_that_ranks_errors_tells_sure_from_unsure():
+    said, truth = perfect()
+    wrong = np.random.default_rng(0).random(said.confidence_i.shape) < 0.5
+    points = np.where(wrong[..., None], 1.3, 1) * said.points_i
+    ranked = np.where(wrong, 1.1, 4.0)
+    said = said._replace(points_i=points, confidence_i=ranked, confidence_j=np.full_like(ranked, 3.0))
+    found = evaluation.pair_errors(said, *truth)
+    assert found["sure"] < 1e-5 < 0.1 < found["unsure"]
+
+
+def test_pixels_without_truth_and_pairs_without_their_reverse():
+    said, (own, _, poses) = perfect()
+    known = np.zeros(WORLD.depth.shape, bool)
+    known[:, 5:9, 5:9] = True
+    spoilt = np.where(known[BOTH_WAYS[:, 0]][..., None], said.points_i, 50)
+    alone = PairPointmaps(*(array[[0, 2]] for array in said._replace(points_i=spoilt)))
+    found = evaluation.pair_errors(alone, own, known, poses)
+    assert found["points"] < 1e-5 and np.isnan(found["rotation"])
 
 
 def test_size_of_the_cnn_by_hand():
@@ -207,8 +273,21 @@ def test_table_has_the_arms_proper_best_first(rows):
 
 
 def test_ablations_compare_what_was_trained(rows):
-    groups = {title.split(": ")[1]: group for title, group in evaluation.ablation_groups(rows).items()}
+    groups = {title.split(": ")[-1]: group for title, group in evaluation.ablation_groups(rows).items()}
     assert groups == {"loss": {"mse": 0.2, "l1": 0.02}, "steps": {"1x": 0.1, "8x": 0.05}}  # none with itself alone
+
+
+def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
+    base = {**rows[0], "loss": "mse"}
+    frozen = {**base, "arm": "vit16-frozen", "mse": 0.2, "weights": "shipped", "unpretrained": False}
+    random = {**base, "arm": "vit16-frozen-random", "mse": 0.5, "weights": "random", "unpretrained": True}
+    asked = "What is a pretrained backbone worth, frozen?"
+    found = {answer["question"]: answer["found"] for answer in evaluation.open_questions([frozen, random])}
+    assert found[asked].endswith("(shipped weights): vit16 2.5x")
+    untaught = evaluation.open_questions([{**frozen, "unpretrained": True}, random])
+    assert asked not in {answer["question"] for answer in untaught}
+    groups = evaluation.ablation_groups([frozen, random])
+    assert groups["Frozen backbone: pretrained or random"] == {"vit16": 0.2, "vit16, random": 0.5}
 
 
 def test_open_questions_are_answered_by_the_rows(rows):

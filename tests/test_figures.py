@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 
-from kdutils import figures, geometry, overlap
+from kdutils import evaluation, figures, geometry, overlap
 from kdutils.settings import ARMS
 
 K = np.array([[100.0, 0, 16], [0, 90, 12], [0, 0, 1]])
@@ -224,6 +224,20 @@ def test_training_curves(draw):
     assert len({(line.get_color(), line.get_linestyle()) for line in lines[:5]}) == 5
 
 
+def test_pretraining_curves(draw):
+    log = [{"seconds": 60 * k, "depth": 0.2 / k, "points": 0.4 / k, "rotation": 30 / k} for k in (1, 2)]
+    errors, angles = draw(figures.pretraining_curves(log)).axes
+    assert_allclose(errors.lines[1].get_xydata(), [[1, 40], [2, 20]])
+    assert_allclose(angles.lines[0].get_xydata(), [[1, 30], [2, 15]])
+
+
+def test_matches_join_the_middles_of_patches(draw):
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    figure = draw(figures.matches(*images, [0, 3], [3, 2], 16))  # two patches a row
+    assert_allclose(figure.axes[0].lines[0].get_xydata(), [[8, 8], [32 + 24, 24]])
+    assert_allclose(figure.axes[0].lines[1].get_xydata(), [[24, 24], [32 + 8, 24]])
+
+
 def row(arm, mse, unpretrained=False, scene="kitchen"):
     label = arm + " (random weights)" * unpretrained
     return {"arm": arm, "mse": mse, "label": label, "unpretrained": unpretrained, "scene": scene, "megabytes": 5.0,
@@ -254,7 +268,9 @@ def test_cost_against_error(draw):
 
 def test_every_arm_has_a_colour_and_a_line(draw):
     history = [{"step": 1, "train_loss": 1.0, "validation_mse": 0.5}]
-    assert len(draw(figures.training_curves(dict.fromkeys(ARMS, history), baseline=1.5)).axes[0].lines) == len(ARMS) + 1
+    arms = evaluation.without_ablations([{"arm": arm} for arm in ARMS])
+    curves = draw(figures.training_curves({row["arm"]: history for row in arms}, baseline=1.5))
+    assert len(curves.axes[0].lines) == len(arms) + 1
     draw(figures.cost_against_error([row(arm, 0.5) for arm in ARMS]))
 
 

@@ -75,7 +75,7 @@ def study(tmp_path_factory):
 
 def executed(data):
     runs = data / "smoke" / "runs"
-    return sorted(runs.glob("kitchen/depth/notebooks/*.ipynb")) + sorted(runs.glob("notebooks/*.ipynb"))
+    return sorted(runs.glob("kitchen/compact/notebooks/*.ipynb")) + sorted(runs.glob("notebooks/*.ipynb"))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
@@ -108,10 +108,10 @@ class TestCommitted:
 
 def test_study_trains_every_arm_and_writes_the_results(study):
     data, _ = study
-    rows = json.loads((data / "figures" / "smoke-depth-seed0-all" / "results.json").read_text())
+    rows = json.loads((data / "figures" / "smoke-compact-seed0-all" / "results.json").read_text())
     assert {row["arm"] for row in rows} == set(PRESETS["smoke"].first_scene_arms)
     assert all(np.isfinite(row["mse"]) and row["megabytes"] > 0 and row["latency_ms"] > 0 for row in rows)
-    assert {row["teacher"] for row in rows} == {"depth"}
+    assert {row["teacher"] for row in rows} == {"compact"}
 
 
 def test_study_says_which_arms_had_no_pretrained_weights(study):
@@ -131,7 +131,7 @@ def test_second_run_repeats_nothing(study):
 
 def test_killed_study_finishes_with_the_same_results(study, tmp_path):
     reference, _ = study
-    for moment in ("labels/kitchen/depth/started.json", "runs/kitchen/depth/mobilenet-frozen/training.pt"):
+    for moment in ("labels/kitchen/compact/started.json", "runs/kitchen/compact/mobilenet-frozen/training.pt"):
         process = driver(tmp_path)
         wait_for(tmp_path / "smoke" / moment, process)
         process.send_signal(signal.SIGKILL)

@@ -72,8 +72,13 @@ def test_students_are_small(arm, size):
     assert 3 < megabytes < 45
 
 
-def test_ablations_are_the_studys_own_student():
-    assert {(arm.backbone, arm.start, arm.patch) for arm in ABLATION_ARMS.values()} == {("anchornet", "scratch", None)}
+def test_ablations_are_the_studys_own_student_or_a_frozen_one_with_random_weights():
+    random = {name: arm for name, arm in ABLATION_ARMS.items() if arm.weights == "random"}
+    rest = [arm for name, arm in ABLATION_ARMS.items() if name not in random]
+    assert {(arm.backbone, arm.start, arm.patch) for arm in rest} == {("anchornet", "scratch", None)}
+    assert {name.removesuffix("-random") for name in random} == {name for name in ARMS if name.endswith("frozen")
+                                                                 and not name.endswith("unfrozen")}  # fmt: skip
+    assert all(students.find_weights(arm, arm.weights).origin == "random" for arm in random.values())
 
 
 @pytest.mark.parametrize("arm", ["cnn-scratch", "vit32-scratch", "mobilenet-scratch"])
@@ -462,8 +467,10 @@ from kdutils import students
 from kdutils.settings import ARMS
 student, origin = students.build(ARMS["mobilenet-frozen"], (96, 128))
 print(origin.origin, origin.note, float(student.backbone.body.conv_stem.weight.abs().sum()), sep="|")
-missing = students.find_weights("vit")
+missing = students.find_weights(ARMS["vit16-frozen"], "timm")
+instead = students.find_weights(ARMS["vit16-frozen"], vit_blocks=4)
 print(missing.origin, missing.note, sep="|")
+print(instead.origin, instead.note, sep="|")
 """
 
 
@@ -473,9 +480,10 @@ def test_reached_hub_gives_its_weights_and_says_what_it_lacks(hub, weights, tmp_
             "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # fmt: skip
     done = subprocess.run([sys.executable, "-c", ASK], env=env, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    reached, missing = (line.split("|") for line in done.stdout.splitlines())
+    reached, missing, instead = (line.split("|") for line in done.stdout.splitlines())
     name = students.TIMM_MODELS["mobilenet"]
     given = load_file(weights / f"{name}.safetensors")["conv_stem.weight"]
     assert reached[:2] == ["hub", f"pretrained, timm/{name}"]
     assert float(reached[2]) == pytest.approx(float(given.abs().sum()), rel=1e-6)
     assert missing[0] == "random" and missing[1].startswith("RANDOM WEIGHTS")
+    assert instead[0] == "shipped" and "vit16" in instead[1]

@@ -1,0 +1,142 @@
+"""Backbones pretrained on endless rendered rooms: ``python -m kdutils.backbones vit16 mobilenet``.
+
+One backbone serves all rooms, and each room has a small head of its own that turns features into points of that room's
+world frame (so was ACE's encoder trained: Brachmann et al., CVPR 2023, section 3.3). Here a head is a ridge regression,
+solved in closed form from some of the room's views in every step; the backbone learns to make it right on the room's
+*other* views (Bertinetto et al., ICLR 2019). That is a student's own task with a frozen backbone, so what is learned is
+what such a student needs, and rooms come and go without a head to be learned first.
+"""
+
+import argparse
+from dataclasses import asdict
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kdutils import endless, pretraining, students
+from kdutils.augmentation import DRAWS, Examples
+from kdutils.settings import BACKBONE_PLANS, MILD, OWN_ARMS, PAPER_ARMS
+
+NAMES = ("mobilenet", "vit16", "vit32", "vit64", "anchornet")
+SIZE = (96, 128)  # (height, width) of the images they learn from
+VIT_BLOCKS = 4
+CELL = 4  # pixels: heads say one point for so many squared
+VIEWS = 16  # of a room in a step
+SUPPORT = 12  # of them make the head, the others measure it
+RIDGE = -3.0  # logarithm of the weight of a head's size, to begin with
+HELD_OUT_ROOMS = 12
+
+
+class Learner(nn.Module):
+    """A student's backbone (see ``students``), and how much its rooms' heads are held back."""
+
+    def __init__(self, name, size=SIZE, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        arm = next(arm for arm in (*PAPER_ARMS.values(), *OWN_ARMS.values()) if name == students.backbone_name(arm))
+        self.backbone = students.BACKBONES[arm.backbone](arm, size, VIT_BLOCKS)
+        self.fold = self.backbone.stride // CELL
+        self.ridge = nn.Parameter(torch.tensor(RIDGE))
+
+    def forward(self, images, points, bfloat16=False):
+        """How far the heads of R rooms are from the truth, in the views that they were not made from.
+
+        Args:
+            images: ``(R, V, 3, H, W)`` in [0, 1], of which the first ``SUPPORT`` of the V views make the head.
+            points: ``(R, V, 3, H, W)``, their world points in metres.
+
+        Returns:
+            Distances ``(R, cells, CELLS)`` in metres.
+        """
+        multiple = self.backbone.multiple
+        kernels = [SDPBackend.MATH] if images.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        flat = students.padded(images.flatten(0, 1), multiple).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(kernels):
+            features = self.backbone(flat)
+        cells = F.layer_norm(features.float().permute(0, 2, 3, 1), (features.shape[1],))
+        cells = F.pad(cells, (0, 1), value=1.0).unflatten(0, images.shape[:2]).flatten(2, 3)  # (R, V, cells, C + 1)
+        middle = students.padded(points.flatten(0, 1), multiple)[..., CELL // 2 :: CELL, CELL // 2 :: CELL]
+        truth = F.pixel_unshuffle(middle, self.fold).permute(0, 2, 3, 1).unflatten(0, images.shape[:2]).flatten(2, 3)
+        head = self.head(cells[:, :SUPPORT].flatten(1, 2), truth[:, :SUPPORT].flatten(1, 2))
+        off = cells[:, SUPPORT:].flatten(1, 2) @ head - truth[:, SUPPORT:].flatten(1, 2)
+        return off.unflatten(-1, (3, -1)).norm(dim=2)
+
+    def head(self, cells, truth):
+        """Ridge regression ``(R, C + 1, K)`` from features ``(R, M, C + 1)`` to targets ``(R, M, K)``."""
+        squares = cells.mT @ cells / cells.shape[1]
+        held_back = self.ridge.exp() * torch.eye(squares.shape[-1], device=squares.device)
+        held_back[-1, -1] = 0  # the mean point is free
+        return torch.linalg.solve(squares + held_back, cells.mT @ truth / cells.shape[1])
+
+
+def drawn(rooms, count, generator, augmented=True):
+    """Images and points ``(count, VIEWS, 3, H, W)`` of so many of the rooms, each in some of its views."""
+    chosen = [rooms[k] for k in torch.randperm(len(rooms), generator=generator)[:count].tolist()]
+    views = [torch.randperm(len(room.images), generator=generator)[:VIEWS] for room in chosen]
+    images, depth, poses = (torch.cat([getattr(room, field)[few] for room, few in zip(chosen, views)])
+                            for field in ("images", "depth", "poses"))  # fmt: skip
+    intrinsics = torch.cat([room.intrinsics.expand(VIEWS, 3, 3) for room in chosen])
+    seen = torch.ones_like(depth, dtype=torch.bool)
+    examples = Examples(images, depth, seen, torch.ones_like(depth), intrinsics, poses, images.device)
+    draws = 2 * torch.rand(len(images), DRAWS, generator=generator) - 1
+    batch = examples.augmented(draws, **asdict(MILD)) if augmented else examples.batch()
+    return [tensor.unflatten(0, (len(chosen), VIEWS)) for tensor in (batch.images, batch.points)]
+
+
+def figures_of(learner, rooms):
+    """Median distance in metres on rooms that were never learned from."""
+    generator = torch.Generator().manual_seed(0)
+    images, points = drawn(rooms, len(rooms), generator, augmented=False)
+    return {"median": float(torch.cat([learner(i[None], p[None]).flatten() for i, p in zip(images, points)]).median())}
+
+
+def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progress=None):
+    """Pretrain one backbone, or go on where a killed run was.
+
+    Args:
+        name: one of ``NAMES``. plan: ``settings.Pretraining``; its batch is in rooms.
+        folder: of the run's state. rooms_folder: keeps rendered rooms, see ``endless``.
+        progress: callable(done, total, text).
+
+    Returns:
+        The trained ``Learner``, the log, and the settings that made it.
+    """
+    device = torch.device(device)
+    settings = {"backbone": name, "plan": asdict(plan), "size": list(size), "views": VIEWS, "support": SUPPORT,
+                "vit_blocks": VIT_BLOCKS if name.startswith("vit") else None}  # fmt: skip
+    learner = Learner(name, size, plan.seed).to(device, memory_format=torch.channels_last)
+    held_out = list(endless.rooms_of(range(min(HELD_OUT_ROOMS, plan.rooms)), size, device, rooms_folder, True))
+    run = pretraining.Run(folder, settings, learner, plan, progress)
+    pool = endless.RoomPool(plan.rooms, size, device, rooms_folder, run.step // plan.steps_a_room)
+    pool.advance(pool.turn, progress)
+    if run.step == 0 and name.startswith("vit"):
+        few = torch.cat([room.images[::8] for room in pool.rooms[:64]]).permute(0, 3, 1, 2) / 255
+        pretraining.whiten(learner.backbone.body.patch_embed.proj, students.padded(few, learner.backbone.multiple))
+
+    def step(number, generator):
+        pool.advance(number // plan.steps_a_room)
+        images, points = drawn(pool.rooms, plan.batch, generator)
+        return learner(images, points, device.type in plan.bfloat16).mean()
+
+    return learner, run.fit(step, partial(figures_of, learner, held_out)), settings
+
+
+def main(argv=None):
+    """Pretrain backbones on rendered rooms, and with --ship put them where the study finds them."""
+    parser = argparse.ArgumentParser(prog="python -m kdutils.backbones", description=main.__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by default all")
+    options = pretraining.options(parser, BACKBONE_PLANS, argv)
+    for name in options.names or NAMES:
+        if name not in NAMES:
+            parser.error(f"no such backbone: {name}; use {', '.join(NAMES)}")
+        learner, log, settings = train(name, options.plan, pretraining.folder_of(name, options), options.device,
+                                       rooms_folder=options.rooms, progress=pretraining.Log())  # fmt: skip
+        pretraining.finish(name, learner.backbone, log, settings, options,
+                           "views of rendered kitchens and offices, each with a head of its own")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
