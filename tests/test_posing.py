@@ -82,6 +82,12 @@ def test_an_answer_that_shows_no_camera_says_nothing_from_then_on():
     assert (found.confidence_j[1] == 1).all() and (found.confidence_j[2:] == 3).all()
 
 
+def test_without_poselib_the_way_out_is_named(monkeypatch):
+    monkeypatch.setattr("kdutils.localisation.available", lambda: False)
+    with pytest.raises(RuntimeError, match="PoseLib.*teacher depth"):
+        posed(answers())
+
+
 def test_shards_can_be_read_twice_and_come_out_alike():
     shards = Posed([turned(answers(), 5)], WORLD.intrinsics, WORLD.poses, UNIT)
     first, second = (next(iter(shards)) for _ in range(2))

@@ -24,9 +24,15 @@ class Posed:
         shards: re-iterable of ``PairPointmaps``.
         intrinsics: ``(3, 3)`` in pixels. poses: ``(N, 4, 4)`` camera-to-world, metres.
         unit: metres in one unit of the pairs, about.
+
+    Raises:
+        RuntimeError: PoseLib is not installed.
     """
 
     def __init__(self, shards, intrinsics, poses, unit):
+        if not localisation.available():
+            raise RuntimeError("the teacher compact's labels take PoseLib to align: install it with requirements.txt's "
+                               "version, or use the teacher depth")  # fmt: skip
         self.shards, self.intrinsics, self.poses, self.unit = shards, np.asarray(intrinsics), np.asarray(poses), unit
         self._found = {}
 
