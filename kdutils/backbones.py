@@ -14,7 +14,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdutils import endless, pretraining, students
 from kdutils.augmentation import DRAWS, Examples
@@ -24,8 +23,8 @@ NAMES = ("mobilenet", "vit16", "vit32", "vit64", "anchornet")
 SIZE = (96, 128)  # (height, width) of the images they learn from
 VIT_BLOCKS = 4
 CELL = 4  # pixels: heads say one point for so many squared
-VIEWS = 16  # of a room in a step
-SUPPORT = 12  # of them make the head, the others measure it
+VIEWS = endless.VIEWS  # of a room in a step: all there are, for a student's head is made from hundreds
+SUPPORT = 36  # of them make the head, the others measure it
 RIDGE = -3.0  # logarithm of the weight of a head's size, to begin with
 HELD_OUT_ROOMS = 12
 
@@ -52,9 +51,8 @@ class Learner(nn.Module):
             Distances ``(R, cells, CELLS)`` in metres.
         """
         multiple = self.backbone.multiple
-        kernels = [SDPBackend.MATH] if images.device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
         flat = students.padded(images.flatten(0, 1), multiple).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(kernels):
+        with pretraining.precision(images.device, bfloat16):
             features = self.backbone(flat)
         cells = F.layer_norm(features.float().permute(0, 2, 3, 1), (features.shape[1],))
         cells = F.pad(cells, (0, 1), value=1.0).unflatten(0, images.shape[:2]).flatten(2, 3)  # (R, V, cells, C + 1)

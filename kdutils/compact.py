@@ -19,13 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kdutils import augmentation, dust3r, endless, evaluation, pretraining
+from kdutils import augmentation, dust3r, endless, evaluation, pretraining, shipped
 from kdutils.settings import COMPACT_PLANS
 from kdutils.teachers import PairPointmaps
 
-NAME = "compact_dust3r"
 SIZE = (96, 128)  # (height, width) of the images it learns from
 CONFIG = {"head_type": "linear", "enc_embed_dim": 192, "enc_depth": 5, "enc_num_heads": 6,
           "dec_embed_dim": 192, "dec_depth": 3, "dec_num_heads": 6}  # fmt: skip
@@ -76,9 +74,7 @@ class Learner(nn.Module):
         """
         size, device = image1.shape[-2:], image1.device
         self._heard.clear()
-        # In bfloat16 the fused attention of torch's CPU code is slower than the plain one.
-        kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(kernels):
+        with pretraining.precision(device, bfloat16):
             tokens = self.model.encode(2 * torch.cat([image1, image2]) - 1)
             first, second = tokens.chunk(2)
             layers = self.model.decoder_layers(torch.cat([first, second]), torch.cat([second, first]), size, size)
@@ -269,10 +265,10 @@ def main(argv=None):
     """Train the compact DUSt3R, and with --ship put it where the study finds it."""
     parser = argparse.ArgumentParser(prog="python -m kdutils.compact", description=main.__doc__)
     options = pretraining.options(parser, COMPACT_PLANS, argv)
-    folder = pretraining.folder_of(NAME, options)
+    folder = pretraining.folder_of(shipped.TEACHER, options)
     learner, log, settings = train(options.plan, folder, options.device, rooms_folder=options.rooms,
                                    progress=pretraining.Log())  # fmt: skip
-    pretraining.finish(NAME, learner.model, log, settings, options,
+    pretraining.finish(shipped.TEACHER, learner.model, log, settings, options,
                        "random pairs of rendered kitchens and offices that overlap by 20 to 90 %",
                        {**CONFIG, "img_size": list(SIZE)})  # fmt: skip
 

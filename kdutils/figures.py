@@ -291,8 +291,8 @@ def frustum_lines(poses, intrinsics, size, depth=0.15):
     return np.concatenate(parts)
 
 
-def cloud_still(points, colours, poses, title="", most=60_000):
-    """The static twin of an interactive cloud: seen from above and from one side."""
+def cloud_still(points, colours, poses, title="", most=60_000, unit="m"):
+    """The static twin of an interactive cloud: seen from above and from one side; ``unit`` is that of its axes."""
     points, colours = thin(points, colours, most)
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     up = world_up(poses)
@@ -301,7 +301,7 @@ def cloud_still(points, colours, poses, title="", most=60_000):
         order = np.argsort(points[:, hidden] * (up[hidden] or 1))  # what is highest is drawn last
         axis.scatter(points[order, a], points[order, b], s=0.6, c=colours[order] / 255, linewidths=0, rasterized=True)
         axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=2, color=TEST)
-        axis.set(xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+        axis.set(xlabel=f"{'xyz'[a]} in {unit}", ylabel=f"{'xyz'[b]} in {unit}", aspect="equal")
     _upright(axes[1], up)
     figure.suptitle(title)
     return figure

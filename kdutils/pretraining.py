@@ -5,11 +5,13 @@ A step is a function of seed and step number alone, so a run that was killed goe
 
 import math
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kdutils import artefacts, evaluation, shipped
 from kdutils.settings import REPOSITORY, pick_device
@@ -111,6 +113,15 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+
+
+@contextmanager
+def precision(device, bfloat16):
+    """A forward pass in bfloat16 if so wished, and with the attention kernels that are fast then."""
+    # In bfloat16 the fused attention of torch's CPU code is slower than the plain one.
+    kernels = [SDPBackend.MATH] if device.type == "cpu" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16), sdpa_kernel(kernels):
+        yield
 
 
 @torch.no_grad()

@@ -126,12 +126,12 @@ class Pretraining:
 # "cuda" is the experiment itself, about half an hour on one large GPU; "cpu" is what a small machine can do.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=2, validations=2),
-    "cpu": Pretraining(steps=1_000_000, batch=8, rooms=150, steps_a_room=15, seconds=3300),
+    "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
     "cuda": Pretraining(steps=120_000, batch=64, rooms=1000, steps_a_room=60, validations=60),
 }
 BACKBONE_PLANS = {  # batches in rooms
     "smoke": Pretraining(steps=4, batch=1, rooms=2, steps_a_room=2, validations=2),
-    "cpu": Pretraining(steps=1_000_000, batch=2, rooms=150, steps_a_room=60, seconds=600, validations=10),
+    "cpu": Pretraining(steps=1_000_000, batch=2, rooms=150, steps_a_room=20, seconds=1000, validations=10),
     "cuda": Pretraining(steps=40_000, batch=16, rooms=1000, steps_a_room=20, validations=40),
 }
 
@@ -160,6 +160,8 @@ class Preset:
     other_teacher: str = "compact"  # where DUSt3R's checkpoint cannot be had; it has seen rendered rooms only
     validation_share: float = 0.15  # of each training sequence, its end
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
+    # Teachers that known cameras and the pictures help, see alignment.posing and alignment.photometric.
+    assisted: tuple[str, ...] = ("compact",)
     compile: bool = False  # torch.compile: for budgets of many minutes
     deterministic: bool = False  # on CUDA, at a price; the CPU always is
 

@@ -13,6 +13,7 @@ from kdutils import artefacts
 from kdutils.settings import REPOSITORY
 
 WEIGHTS = REPOSITORY / "data" / "weights"
+TEACHER = "compact_dust3r"
 FILE, CARD, CONFIG = "model.safetensors", "card.json", "config.json"
 LICENCE = "MIT, as the code; trained on rendered rooms of this repository alone"
 

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes, shipped
+from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
+from kdutils.alignment import photometric
 from kdutils.alignment.posing import Posed
 
-Labels = namedtuple("Labels", "points confidence valid depth report digest")
-Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres, confidence and valid (N, H, W), depth along z (N, H, W)."""
+Labels = namedtuple("Labels", "points confidence valid depth aligned report digest")
+Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, and depth along z, each (N, H, W).
+
+``aligned`` is the depth before it was refined photometrically; None for teachers whose labels are not refined.
+"""
 
 
 class MissingStage(RuntimeError):
@@ -96,31 +100,31 @@ def align(study):
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
-                "alignment": alignment.VERSION, "unit": unit_of(study.teacher)}  # fmt: skip
+                "alignment": alignment.VERSION,
+                "photometric": study.teacher in study.preset.assisted and photometric.VERSION}  # fmt: skip
     with artefacts.alone(study.labels_folder):
         if not artefacts.manifest_matches(manifest, settings):
             _align(study, shards, manifest, settings)
     return labels(study)
 
 
-def unit_of(teacher):
-    """Metres in one unit of the teacher ``compact``, see ``alignment.posing``; None for teachers without a unit."""
-    return shipped.card("compact_dust3r")["validation"]["unit"] if teacher == "compact" else None
-
-
 def _align(study, shards, manifest, settings):
     scene_frames = frames(study)
-    if settings["unit"]:
-        shards = Posed(shards, scene_frames.intrinsics, scene_frames.poses, settings["unit"])
-    aligned = alignment.align_shards(shards, scene_frames.intrinsics, scene_frames.poses,
-                                     partial(tqdm, desc="align", unit="shard"))  # fmt: skip
+    pictures, cameras = scene_frames.image, (scene_frames.intrinsics, scene_frames.poses)
+    answers, report = shards, {}
+    if settings["photometric"]:
+        report["unit"] = photometric.unit(shards, pictures, *cameras, study.device)
+        answers = Posed(shards, *cameras, report["unit"])
+    aligned = alignment.align_shards(answers, *cameras, partial(tqdm, desc="align", unit="shard"))
     valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
     artefacts.discard(manifest)
-    artefacts.write_tensors(
-        study.labels_folder / "labels.safetensors",
-        {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid},
-    )
-    artefacts.write_json(manifest, {"settings": settings, "report": aligned.report})
+    tensors = {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid}
+    if settings["photometric"]:
+        tensors["aligned"] = aligned.depth.astype(np.float16)
+        tensors["depth"] = photometric.refine(aligned.depth, pictures, *cameras, shards.pairs, study.device,
+                                              partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
+    artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
+    artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
 
 
 def labels(study):
@@ -132,8 +136,8 @@ def labels(study):
     scene_frames = frames(study)
     intrinsics = np.broadcast_to(scene_frames.intrinsics, (len(scene_frames), 3, 3))
     points = alignment.world_points(kept["depth"], intrinsics, scene_frames.poses)
-    return Labels(points, kept["confidence"], np.array(kept["valid"]), kept["depth"], manifest["report"],
-                  artefacts.digest(manifest["settings"]))  # fmt: skip
+    return Labels(points, kept["confidence"], np.array(kept["valid"]), kept["depth"], kept.get("aligned"),
+                  manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
 
 
 def depth_points(study):

@@ -85,6 +85,6 @@ def build(study, frames, checkpoint="auto"):
     from kdutils import dust3r, inference, shipped
 
     if study.teacher == "compact":
-        checkpoint = shipped.locate("compact_dust3r").parent
+        checkpoint = shipped.locate(shipped.TEACHER).parent
     model = dust3r.load_checkpoint(checkpoint, study.device)
     return inference.DUSt3RTeacher(frames, model, folder=study.labels_folder, name=study.teacher)

@@ -6,7 +6,7 @@ known, the network need not be believed. The camera of view j is found from the 
 taken into it, and come back by the known motion.
 
 Its length in the network's unit takes one number more: how many metres the unit has. A network that was trained on
-rooms of one size gives nearly the same unit to every pair; how many metres that is was measured on rooms held out.
+rooms of one kind gives nearly the same unit to every pair; how many metres that is the pictures tell (``photometric``).
 """
 
 import numpy as np

@@ -1,0 +1,206 @@
+"""Photometric scale and depth: where poses are known, those for which a scene's views look alike.
+
+A small network is off by some percent of the depth, smoothly over a patch. Where its cameras are known, two views tell
+depth to a fraction of a pixel, if it is known about where to look. So multiples of every pixel's depth are tried (a
+plane sweep along the teacher's own surfaces), and the one is kept at which the views that it was paired with show the
+same; semi-global smoothing (Hirschmueller, PAMI 2008) decides where walls are plain. The first pass looks further, the
+second finer. What the teacher did not see stays unseen, and confidences stay the teacher's.
+
+Before that, the same comparison tells how many metres the network's unit has: one multiple for the whole scene.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.sparse import coo_array
+
+VERSION = 1  # raise it when the same labels are refined otherwise: those on disk are then made anew
+MOST_VIEWS = 10  # that an image is compared with
+PASSES = ((0.18, 13), (0.06, 9))  # how far the logarithm of the depth is searched to both sides, and how many are tried
+WINDOW, LEAST_CONTRAST = 5, 0.01  # pixels around, by whose mean and deviation (of 1) a picture is normalised
+MOST_DIFFERENCE = 1.0  # of normalised pictures; more is another surface, or a reflection
+LENIENCE = 0.15  # a view whose difference is so much above the best ones' counts for a third: it may not see the place
+PRIOR_WEIGHT, PRIOR = 0.03, 0.12  # what the teacher's depth counts for, and its deviation in logarithms
+BEND, BREAK = 0.05, 0.2  # what one step between neighbouring pixels costs, and what more than one
+NEAREST = 0.05  # metres before a camera
+UNITS, ROOMS = 81, (0.4, 20.0)  # how many units are tried, such that the scene is so many metres away
+LOOKED_AT = 12  # images that tell the unit
+PIXELS_AT_ONCE = 2**17
+
+
+@torch.inference_mode()
+def unit(shards, images, intrinsics, poses, device="cpu"):
+    """Metres in one unit of a network that gives nearly the same unit to every pair.
+
+    Args:
+        shards: ``labelling.PairShards``, or what has ``pairs (P, 2)`` and yields ``PairPointmaps``.
+        images, intrinsics, poses: see ``refine``.
+    """
+    others = neighbours(shards.pairs, len(images))
+    firsts = np.unique(shards.pairs[:, 0])
+    chosen = set(firsts[np.linspace(0, len(firsts) - 1, min(LOOKED_AT, len(firsts))).round().astype(int)].tolist())
+    said = {}
+    for shard in shards:
+        for (image, _), points, confidence in zip(shard.pairs.tolist(), shard.points_i, shard.confidence_i):
+            if image in chosen and image not in said:
+                said[image] = points[..., 2], confidence
+    middle = np.median([np.median(z) for z, _ in said.values()])
+    units = torch.as_tensor(np.geomspace(*ROOMS, UNITS) / max(middle, 1e-6), dtype=torch.float32, device=device)
+    camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
+    total = 0
+    for image, (z, confidence) in said.items():
+        shown = normalised(torch.tensor(images[[image, *others[image]]], device=device))
+        motions = np.linalg.inv(poses[others[image]]) @ poses[image]
+        motions = torch.as_tensor(motions, dtype=torch.float32, device=device)
+        tried = torch.tensor(z, device=device) * units[:, None, None]
+        alike = sum((differences(tried[None], shown[:1], other[None], motion[None], camera)[0] / -LENIENCE).exp()[0]
+                    for other, motion in zip(shown[1:], motions))  # fmt: skip
+        sure = torch.tensor(confidence, device=device).log().clamp(min=1e-6)
+        total = total + (alike.log() * sure).sum((1, 2)) / sure.sum()
+    place = _lowest(-total[None, :, None, None])[0, 0, 0]
+    return float(units[0] * (units[1] / units[0]) ** place)
+
+
+@torch.inference_mode()
+def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None):
+    """Depths moved to where the views agree.
+
+    Args:
+        depth: ``(N, H, W)`` along z in metres, 0 where there is none.
+        images: ``(N, H, W, 3)`` uint8.
+        intrinsics: ``(3, 3)`` in pixels.
+        poses: ``(N, 4, 4)`` camera-to-world, metres.
+        pairs: ``(P, 2)`` directed pairs of images; an image is compared with those that it was paired with.
+        progress: called with the batches of images, e.g. ``tqdm``.
+
+    Returns:
+        ``(N, H, W)`` float32; what has no depth, and images in no pair, stay as they are.
+    """
+    refined = np.array(depth, np.float32)
+    others = neighbours(pairs, len(depth))
+    paired = [image for image in range(len(depth)) if len(others[image])]
+    at_once = max(1, PIXELS_AT_ONCE // depth[0].size)
+    batches = [paired[k : k + at_once] for k in range(0, len(paired), at_once)]
+    shown = torch.cat([normalised(torch.tensor(images[k : k + at_once], device=device)).half()
+                       for k in range(0, len(images), at_once)])  # fmt: skip
+    camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
+    for batch in (progress or iter)(batches):
+        most = max(len(others[image]) for image in batch)
+        sides = np.stack([np.resize(others[image], most) for image in batch])  # shorter lists begin again
+        motions = np.linalg.inv(poses[sides]) @ poses[batch][:, None]
+        own, other = (shown[torch.as_tensor(index, device=device)].float() for index in (batch, sides))
+        motions = torch.as_tensor(motions, dtype=torch.float32, device=device)
+        before = torch.as_tensor(refined[batch], device=device)
+        refined[batch] = _swept(before, own, other, motions, camera).cpu().numpy()
+    return refined
+
+
+def neighbours(pairs, count):
+    """For each of ``count`` images at most ``MOST_VIEWS`` others: of its pairs, then with most partners in common."""
+    ones = np.ones(len(pairs), np.float32)
+    paired = coo_array((ones, tuple(np.transpose(pairs))), (count, count)).tocsr()
+    paired = ((paired + paired.T) > 0).astype(np.float32)
+    near = (count * paired + paired @ paired).tocsr()
+    near.setdiag(0)
+    near.eliminate_zeros()
+    rows = (slice(*ends) for ends in zip(near.indptr, near.indptr[1:]))
+    return [near.indices[row][np.argsort(-near.data[row], kind="stable")[:MOST_VIEWS]] for row in rows]
+
+
+def normalised(images):
+    """Grey pictures ``(B, H, W)`` of uint8 ``(B, H, W, 3)``, each pixel by mean and deviation of those around it.
+
+    Light and exposure drop out; what is plain becomes nearly 0.
+    """
+    grey = images.float().mean(-1)[:, None] / 255
+    mean = _blurred(grey)
+    spread = (_blurred(grey**2) - mean**2).clamp(min=0)
+    return ((grey - mean) / (spread + LEAST_CONTRAST**2).sqrt())[:, 0]
+
+
+def _blurred(grey):
+    weights = torch.exp(-((torch.arange(WINDOW, device=grey.device) - WINDOW // 2) / (WINDOW / 3.5)).square() / 2)
+    weights, border = weights / weights.sum(), WINDOW // 2
+    grey = F.pad(grey, [border] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(grey, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+
+
+def _swept(before, own, other, motions, camera):
+    """Depths ``(B, H, W)`` after all passes; ``own (B, H, W)``, ``other (B, K, H, W)``, ``motions (B, K, 4, 4)``."""
+    depth = before
+    for reach, count in PASSES:
+        shifts = torch.linspace(-reach, reach, count, device=before.device)
+        tried = depth[:, None] * shifts.exp()[:, None, None]
+        alike = torch.full_like(tried, 1e-6)
+        for k in range(other.shape[1]):
+            unlike, inside = differences(tried, own, other[:, k], motions[:, k], camera)
+            alike += inside[:, None] * unlike.div_(-LENIENCE).exp_()
+        cost = -LENIENCE * alike.log()
+        away = (tried / before[:, None].clamp(min=NEAREST)).clamp(min=1e-3).log()
+        cost = smoothed(cost + PRIOR_WEIGHT / 2 * (away / PRIOR).square())
+        depth = _median(depth * (shifts[1] - shifts[0]).mul(_lowest(cost) - count // 2).exp())
+    return torch.where(before > 0, depth, before)
+
+
+def differences(tried, own, other, motion, camera):
+    """How unlike two pictures are where S depths of every pixel put it into the other one.
+
+    Args:
+        tried: ``(B, S, H, W)`` metres. own, other: ``(B, H, W)`` normalised. motion: ``(B, 4, 4)`` from own camera to
+            the other. camera: ``(3, 3)`` intrinsics of both.
+
+    Returns:
+        Differences ``(B, S, H, W)``, and which pixels the other picture may show ``(B, H, W)``: those that the middle
+        depth puts inside. If every depth had a say in this, those that end inside would win.
+    """
+    height, width = own.shape[-2:]
+    v, u = torch.meshgrid(*(torch.arange(side, device=own.device) + 0.5 for side in (height, width)), indexing="ij")
+    turned = camera @ motion[:, :3, :3] @ torch.linalg.inv(camera) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)
+    x, y, z = (tried * turned[:, k].view(-1, 1, height, width) + (motion[:, :3, 3] @ camera[k]).view(-1, 1, 1, 1)
+               for k in range(3))  # fmt: skip
+    inverse = 1 / z.clamp(min=NEAREST)
+    x, y = 2 / width * x * inverse - 1, 2 / height * y * inverse - 1
+    grid = torch.stack([x, y], -1).flatten(1, 2)
+    shown = F.grid_sample(other[:, None], grid, padding_mode="border", align_corners=False)
+    unlike = (shown.view_as(tried) - own[:, None]).abs_().clamp_(max=MOST_DIFFERENCE)
+    middle = tried.shape[1] // 2
+    return _averaged(unlike), (z[:, middle] > NEAREST) & (x[:, middle].abs() < 1) & (y[:, middle].abs() < 1)
+
+
+def _averaged(x):
+    """Mean of 3x3 pixels of ``(B, S, H, W)``: torch's pooling is several times slower on a CPU."""
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+    return (x[..., :-2] + x[..., 1:-1] + x[..., 2:]) / 9
+
+
+def smoothed(cost):
+    """Costs ``(B, S, H, W)`` after semi-global aggregation from four sides."""
+    total = torch.zeros_like(cost)
+    for side in (2, 3):
+        for backwards in (False, True):
+            along = cost.movedim(side, 0)  # (L, B, S, M)
+            along = along.flip(0) if backwards else along
+            path = [along[0]]
+            for here in along[1:]:
+                last = F.pad(path[-1], (0, 0, 1, 1), value=torch.inf)
+                least = path[-1].amin(1, keepdim=True)
+                bent = torch.minimum(last[:, :-2], last[:, 2:]) + BEND
+                path.append(here + torch.minimum(torch.minimum(path[-1], bent), least + BREAK) - least)
+            aggregated = torch.stack(path)
+            total += (aggregated.flip(0) if backwards else aggregated).movedim(0, side)
+    return total / 4
+
+
+def _lowest(cost):
+    """Where along S the costs ``(B, S, H, W)`` are lowest ``(B, H, W)``, between steps by a parabola."""
+    at = cost.argmin(1, keepdim=True).clamp(1, cost.shape[1] - 2)
+    before, here, after = (cost.gather(1, at + k)[:, 0] for k in (-1, 0, 1))
+    return at[:, 0] + ((before - after) / (2 * (before - 2 * here + after)).clamp(min=1e-6)).clamp(-1, 1)
+
+
+def _median(depth):
+    """Median of 3x3 pixels, where that is a depth."""
+    padded = F.pad(depth[:, None], (1, 1, 1, 1), mode="replicate")
+    median = F.unfold(padded, 3).median(1).values.view_as(depth)
+    return torch.where(median > 0, median, depth)
