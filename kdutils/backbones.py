@@ -71,7 +71,7 @@ class Learner(nn.Module):
 
 
 def drawn(rooms, count, generator, augmented=True):
-    """Images and points ``(count, VIEWS, 3, H, W)`` of so many of the rooms, each in some of its views."""
+    """Images and points ``(count, VIEWS, 3, H, W)`` of so many of the rooms, each in its views in random order."""
     chosen = [rooms[k] for k in torch.randperm(len(rooms), generator=generator)[:count].tolist()]
     views = [torch.randperm(len(room.images), generator=generator)[:VIEWS] for room in chosen]
     images, depth, poses = (torch.cat([getattr(room, field)[few] for room, few in zip(chosen, views)])

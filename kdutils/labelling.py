@@ -31,7 +31,12 @@ class PairShards:
         return self.manifest["shards"]
 
     def __iter__(self):
-        return (read_shard(shard_path(self.folder, k)) for k in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number):
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return read_shard(shard_path(self.folder, number))
 
     @property
     def pairs(self):

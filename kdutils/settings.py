@@ -123,7 +123,7 @@ class Pretraining:
     bfloat16: tuple[str, ...] = ("cuda", "cpu")  # kinds of device that train with it
 
 
-# "cuda" is the experiment itself, about half an hour on one large GPU; "cpu" is what a small machine can do.
+# "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=2, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),

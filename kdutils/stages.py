@@ -113,16 +113,16 @@ def _align(study, shards, manifest, settings):
     pictures, cameras = scene_frames.image, (scene_frames.intrinsics, scene_frames.poses)
     answers, report = shards, {}
     if settings["photometric"]:
-        report["unit"] = photometric.unit(shards, pictures, *cameras, study.device)
+        report["unit"] = photometric.unit(shards, pictures, *cameras, ~scene_frames.is_test, study.device)
         answers = Posed(shards, *cameras, report["unit"])
     aligned = alignment.align_shards(answers, *cameras, partial(tqdm, desc="align", unit="shard"))
     valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
-    artefacts.discard(manifest)
     tensors = {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid}
     if settings["photometric"]:
         tensors["aligned"] = aligned.depth.astype(np.float16)
         tensors["depth"] = photometric.refine(aligned.depth, pictures, *cameras, shards.pairs, study.device,
                                               partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
+    artefacts.discard(manifest)
     artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
 

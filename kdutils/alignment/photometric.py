@@ -2,8 +2,8 @@
 
 A small network is off by some percent of the depth, smoothly over a patch. Where its cameras are known, two views tell
 depth to a fraction of a pixel, if it is known about where to look. So multiples of every pixel's depth are tried (a
-plane sweep along the teacher's own surfaces), and the one is kept at which the views that it was paired with show the
-same; semi-global smoothing (Hirschmueller, PAMI 2008) decides where walls are plain. The first pass looks further, the
+plane sweep along the teacher's own surfaces), and the one is kept at which its neighbours in the pair graph show the
+same; semi-global smoothing (Hirschmüller, PAMI 2008) decides where walls are plain. The first pass looks further, the
 second finer. What the teacher did not see stays unseen, and confidences stay the teacher's.
 
 Before that, the same comparison tells how many metres the network's unit has: one multiple for the whole scene.
@@ -25,40 +25,54 @@ BEND, BREAK = 0.05, 0.2  # what one step between neighbouring pixels costs, and 
 NEAREST = 0.05  # metres before a camera
 UNITS, ROOMS = 81, (0.4, 20.0)  # how many units are tried, such that the scene is so many metres away
 LOOKED_AT = 12  # images that tell the unit
+LEAST_PEAK = 0.05  # by how much the logarithm of likeness has to rise above its median over all units
 PIXELS_AT_ONCE = 2**17
 
 
 @torch.inference_mode()
-def unit(shards, images, intrinsics, poses, device="cpu"):
+def unit(shards, images, intrinsics, poses, telling, device="cpu"):
     """Metres in one unit of a network that gives nearly the same unit to every pair.
 
     Args:
-        shards: ``labelling.PairShards``, or what has ``pairs (P, 2)`` and yields ``PairPointmaps``.
+        shards: ``labelling.PairShards``.
         images, intrinsics, poses: see ``refine``.
+        telling: ``(N,)`` bool, the images whose answers are looked at; test images should not be.
+
+    Raises:
+        ValueError: the pictures do not tell, as those of plain walls or of a camera that stands still.
     """
     others = neighbours(shards.pairs, len(images))
-    firsts = np.unique(shards.pairs[:, 0])
-    chosen = set(firsts[np.linspace(0, len(firsts) - 1, min(LOOKED_AT, len(firsts))).round().astype(int)].tolist())
-    said = {}
-    for shard in shards:
-        for (image, _), points, confidence in zip(shard.pairs.tolist(), shard.points_i, shard.confidence_i):
-            if image in chosen and image not in said:
-                said[image] = points[..., 2], confidence
-    middle = np.median([np.median(z) for z, _ in said.values()])
-    units = torch.as_tensor(np.geomspace(*ROOMS, UNITS) / max(middle, 1e-6), dtype=torch.float32, device=device)
+    said = _some_depths(shards, np.asarray(telling))
+    middle = np.median([np.median(z[weight > 0]) for z, weight in said.values() if weight.any()] or [np.nan])
+    units = torch.tensor(np.geomspace(*ROOMS, UNITS) / middle, dtype=torch.float32, device=device)
     camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
-    total = 0
-    for image, (z, confidence) in said.items():
+    total = torch.zeros(UNITS, device=device)
+    for image, (z, weight) in said.items():
         shown = normalised(torch.tensor(images[[image, *others[image]]], device=device))
-        motions = np.linalg.inv(poses[others[image]]) @ poses[image]
-        motions = torch.as_tensor(motions, dtype=torch.float32, device=device)
+        motions = torch.tensor(np.linalg.inv(poses[others[image]]) @ poses[image], dtype=torch.float32, device=device)
         tried = torch.tensor(z, device=device) * units[:, None, None]
         alike = sum((differences(tried[None], shown[:1], other[None], motion[None], camera)[0] / -LENIENCE).exp()[0]
                     for other, motion in zip(shown[1:], motions))  # fmt: skip
-        sure = torch.tensor(confidence, device=device).log().clamp(min=1e-6)
-        total = total + (alike.log() * sure).sum((1, 2)) / sure.sum()
+        weight = torch.tensor(weight, device=device)
+        total += (alike.log() * weight).sum((1, 2)) / weight.sum().clamp(min=1e-6)
+    if not total.max() > total.median() + LEAST_PEAK:
+        raise ValueError("the pictures do not tell how many metres the teacher's unit has: look whether the poses are "
+                         "right and the camera moves, or use the teacher depth")  # fmt: skip
     place = _lowest(-total[None, :, None, None])[0, 0, 0]
     return float(units[0] * (units[1] / units[0]) ** place)
+
+
+def _some_depths(shards, telling):
+    """Depth ``(H, W)`` in the network's unit and weight ``(H, W)`` of some images, by image; one a shard."""
+    said = {}
+    for number in np.unique(np.linspace(0, len(shards) - 1, LOOKED_AT).round().astype(int)):
+        shard = shards[number]
+        for (image, _), points, confidence in zip(shard.pairs.tolist(), shard.points_i, shard.confidence_i):
+            if telling[image] and image not in said:
+                there = np.isfinite(points).all(-1) & np.isfinite(confidence) & (points[..., 2] > 0)
+                said[image] = np.where(there, points[..., 2], 1), np.log(np.where(there, confidence, 1))
+                break
+    return said
 
 
 @torch.inference_mode()
@@ -70,7 +84,7 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
         images: ``(N, H, W, 3)`` uint8.
         intrinsics: ``(3, 3)`` in pixels.
         poses: ``(N, 4, 4)`` camera-to-world, metres.
-        pairs: ``(P, 2)`` directed pairs of images; an image is compared with those that it was paired with.
+        pairs: ``(P, 2)`` directed pairs of images; an image is compared with its ``neighbours`` in that graph.
         progress: called with the batches of images, e.g. ``tqdm``.
 
     Returns:
@@ -86,12 +100,13 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
     camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
     for batch in (progress or iter)(batches):
         most = max(len(others[image]) for image in batch)
-        sides = np.stack([np.resize(others[image], most) for image in batch])  # shorter lists begin again
+        sides = np.stack([np.resize(others[image], most) for image in batch])
+        counts = np.stack([np.arange(most) < len(others[image]) for image in batch])  # what fills short lists does not
         motions = np.linalg.inv(poses[sides]) @ poses[batch][:, None]
         own, other = (shown[torch.as_tensor(index, device=device)].float() for index in (batch, sides))
         motions = torch.as_tensor(motions, dtype=torch.float32, device=device)
-        before = torch.as_tensor(refined[batch], device=device)
-        refined[batch] = _swept(before, own, other, motions, camera).cpu().numpy()
+        before, counts = (torch.tensor(array, device=device) for array in (refined[batch], counts))
+        refined[batch] = _swept(before, own, other, counts, motions, camera).cpu().numpy()
     return refined
 
 
@@ -120,13 +135,19 @@ def normalised(images):
 
 def _blurred(grey):
     weights = torch.exp(-((torch.arange(WINDOW, device=grey.device) - WINDOW // 2) / (WINDOW / 3.5)).square() / 2)
-    weights, border = weights / weights.sum(), WINDOW // 2
-    grey = F.pad(grey, [border] * 4, mode="replicate")
-    return F.conv2d(F.conv2d(grey, weights.view(1, 1, 1, -1)), weights.view(1, 1, -1, 1))
+    grey = F.pad(grey, [WINDOW // 2] * 4, mode="replicate")
+    for side in (2, 3):  # not as a convolution: a GPU's is too coarse for the small difference that the spread is
+        grey = (grey.unfold(side, WINDOW, 1) * (weights / weights.sum())).sum(-1)
+    return grey
 
 
-def _swept(before, own, other, motions, camera):
-    """Depths ``(B, H, W)`` after all passes; ``own (B, H, W)``, ``other (B, K, H, W)``, ``motions (B, K, 4, 4)``."""
+def _swept(before, own, other, counts, motions, camera):
+    """Depths ``(B, H, W)`` after all passes.
+
+    Args:
+        before: ``(B, H, W)`` metres. own: ``(B, H, W)`` and other: ``(B, K, H, W)``, normalised. counts: ``(B, K)``
+            bool, which others there are. motions: ``(B, K, 4, 4)`` from own camera to the others.
+    """
     depth = before
     for reach, count in PASSES:
         shifts = torch.linspace(-reach, reach, count, device=before.device)
@@ -134,20 +155,21 @@ def _swept(before, own, other, motions, camera):
         alike = torch.full_like(tried, 1e-6)
         for k in range(other.shape[1]):
             unlike, inside = differences(tried, own, other[:, k], motions[:, k], camera)
-            alike += inside[:, None] * unlike.div_(-LENIENCE).exp_()
+            alike += (inside & counts[:, k, None, None])[:, None] * unlike.div_(-LENIENCE).exp_()
         cost = -LENIENCE * alike.log()
         away = (tried / before[:, None].clamp(min=NEAREST)).clamp(min=1e-3).log()
         cost = smoothed(cost + PRIOR_WEIGHT / 2 * (away / PRIOR).square())
         depth = _median(depth * (shifts[1] - shifts[0]).mul(_lowest(cost) - count // 2).exp())
-    return torch.where(before > 0, depth, before)
+        depth = torch.where(before > 0, depth, before)
+    return depth
 
 
 def differences(tried, own, other, motion, camera):
     """How unlike two pictures are where S depths of every pixel put it into the other one.
 
     Args:
-        tried: ``(B, S, H, W)`` metres. own, other: ``(B, H, W)`` normalised. motion: ``(B, 4, 4)`` from own camera to
-            the other. camera: ``(3, 3)`` intrinsics of both.
+        tried: ``(B, S, H, W)`` metres, S odd. own, other: ``(B, H, W)`` normalised. motion: ``(B, 4, 4)`` from own
+            camera to the other. camera: ``(3, 3)`` intrinsics of both.
 
     Returns:
         Differences ``(B, S, H, W)``, and which pixels the other picture may show ``(B, H, W)``: those that the middle
