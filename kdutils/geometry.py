@@ -81,6 +81,9 @@ def rescale(intrinsics, size, resized, corner=(0, 0)):
 
 
 def rotation_angle(rotation):
-    """Angle in degrees of rotations ``(..., 3, 3)``."""
-    cosine = (np.trace(rotation, axis1=-2, axis2=-1) - 1) / 2
-    return np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    """Angle in degrees of rotations ``(..., 3, 3)``, exact for small ones too; a similarity's scale does not matter."""
+    off = [rotation[..., 2, 1] - rotation[..., 1, 2], rotation[..., 0, 2] - rotation[..., 2, 0],
+           rotation[..., 1, 0] - rotation[..., 0, 1]]  # fmt: skip
+    scale = np.linalg.norm(rotation, axis=(-2, -1)) / np.sqrt(3)
+    cosine = np.trace(rotation, axis1=-2, axis2=-1) - scale  # both are times 2 and the scale
+    return np.degrees(np.arctan2(np.linalg.norm(off, axis=0), cosine))

@@ -102,10 +102,15 @@ def test_resize_to_half_and_crop_closed_form():
     assert_allclose(new, [[50, 0, 8 - 2], [0, 45, 6], [0, 0, 1]])
 
 
-@pytest.mark.parametrize("degrees", [0, 1, 90, 179])
+@pytest.mark.parametrize("degrees", [0, 1e-6, 1, 90, 179, 180])
 @pytest.mark.parametrize("axis", [(1, 0, 0), (0, 0.6, 0.8), (-1, 0, 0)])
 def test_angle_of_a_rotation(axis, degrees):
-    assert geometry.rotation_angle(rotation(np.radians(degrees) * np.array(axis))) == pytest.approx(degrees, abs=1e-5)
+    turned = rotation(np.radians(degrees) * np.array(axis))
+    assert geometry.rotation_angle(turned) == pytest.approx(degrees, rel=1e-9, abs=1e-12)
+
+
+def test_a_scale_does_not_change_the_angle():
+    assert geometry.rotation_angle(0.3 * rotation(np.array([0.2, 0, 0]))) == pytest.approx(np.degrees(0.2))
 
 
 def test_angles_of_many_rotations():

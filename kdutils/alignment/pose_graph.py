@@ -14,7 +14,7 @@ from kdutils import geometry, registration
 from kdutils.alignment.joint import State, kernel, moved, row_median
 from kdutils.alignment.starting_point import shapes
 
-MOST_DISAGREEMENT = np.radians(10)  # rotations of pairs that confirm each other differ by less
+MOST_DISAGREEMENT = 10  # degrees: rotations of pairs that confirm each other differ by less
 RESECTION_ROUNDS, AVERAGING_ROUNDS = 10, 20
 LEAST_RAY_NOISE = 5e-4  # radians
 
@@ -44,7 +44,7 @@ def from_unknown_poses(sketches, rays, usable, count):
     tree = grow_tree(sketches.pairs, relative[:, :3, :3], trust, count)
     rotations = average_rotations(sketches.pairs, relative[:, :3, :3], tree, trust)
     off = rotations[j] @ np.swapaxes(rotations[i], 1, 2) @ np.swapaxes(relative[:, :3, :3], 1, 2)
-    trust = np.where(rotation_angles(off) < MOST_DISAGREEMENT, trust, 0)
+    trust = np.where(geometry.rotation_angle(off) < MOST_DISAGREEMENT, trust, 0)
     log_unit = average(sketches.pairs, np.nan_to_num(offset_j - offset_i)[:, None], trust, count)[:, 0]
     log_scale = np.nan_to_num((log_unit[i] - offset_i + log_unit[j] - offset_j) / 2)
     towards_j = geometry.invert(relative)[:, :3, 3] * np.exp(log_scale)[:, None]
@@ -52,7 +52,7 @@ def from_unknown_poses(sketches, rays, usable, count):
     poses = np.tile(np.eye(4), (count, 1, 1))
     poses[:, :3, :3] = np.swapaxes(rotations, 1, 2)
     poses[:, :3, 3] = average(sketches.pairs, between, trust, count)
-    drift = np.degrees(rotation_angles(np.swapaxes(rotations, 1, 2) @ tree))
+    drift = geometry.rotation_angle(np.swapaxes(rotations, 1, 2) @ tree)
     return State(poses, log_scale, (shape + log_unit[:, None]).astype(np.float32)), drift
 
 
@@ -108,12 +108,6 @@ def _resection_step(points, rays, sketches, motion):
     return -np.linalg.solve(normal, gradient[..., None])[..., 0]
 
 
-def rotation_angles(rotations):
-    """Angles in radians, exact for small ones, of ``(..., 3, 3)``."""
-    flat = Rotation.from_matrix(rotations.reshape(-1, 3, 3)).magnitude()
-    return flat.reshape(rotations.shape[:-2])
-
-
 def grow_tree(pairs, relative, weight, count):
     """World-to-camera rotations ``(N, 3, 3)`` along a spanning tree, image by image.
 
@@ -149,7 +143,7 @@ def grow_tree(pairs, relative, weight, count):
 
 def _most_confirmed(rotations, weight):
     cosine = (np.einsum("aij,bij->ab", rotations, rotations) - 1) / 2
-    agree = cosine > np.cos(MOST_DISAGREEMENT)
+    agree = cosine > np.cos(np.radians(MOST_DISAGREEMENT))
     support = agree @ weight
     best = support.argmax()
     mean = Rotation.from_matrix(rotations[agree[best]]).mean(weight[agree[best]]).as_matrix()
@@ -207,8 +201,9 @@ def to_world(poses, world_poses):
         None where the positions determine no scale: fewer than two, or all at one place.
     """
     turns = world_poses[:, :3, :3] @ np.swapaxes(poses[:, :3, :3], 1, 2)
-    best = np.argmax((np.einsum("aij,bij->ab", turns, turns) > 1 + 2 * np.cos(2 * MOST_DISAGREEMENT)).sum(1))
-    near = rotation_angles(turns @ turns[best].T) < 2 * MOST_DISAGREEMENT
+    alike = np.einsum("aij,bij->ab", turns, turns) > 1 + 2 * np.cos(np.radians(2 * MOST_DISAGREEMENT))
+    best = np.argmax(alike.sum(1))
+    near = geometry.rotation_angle(turns @ turns[best].T) < 2 * MOST_DISAGREEMENT
     rotation = Rotation.from_matrix(turns[near]).mean().as_matrix()
     source, target = poses[near, :3, 3] @ rotation.T, world_poses[near, :3, 3]
     centre = np.median(source, 0), np.median(target, 0)
