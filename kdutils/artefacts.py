@@ -87,10 +87,10 @@ def write_json(path, obj):
     write_text(path, json.dumps(obj, indent=2, default=_plain) + "\n")
 
 
-def write_tensors(path, tensors, metadata=None):
-    """Write a dict of numpy arrays as safetensors, whole or not at all; ``metadata`` maps strings to strings."""
+def write_tensors(path, tensors):
+    """Write a dict of numpy arrays as safetensors, whole or not at all."""
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    write_aside(path, lambda aside: save_file(arrays, aside, metadata=metadata))
+    write_aside(path, lambda aside: save_file(arrays, aside))
 
 
 def read_json(path):
@@ -139,7 +139,7 @@ def discard(path):
     """Remove a file if it is there, and make that last: do so with a manifest before its files are replaced."""
     path = Path(path)
     if path.exists():
-        path.unlink()
+        path.unlink(missing_ok=True)  # another process may have been faster
         _sync_folder(path.parent)
 
 

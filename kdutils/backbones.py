@@ -48,7 +48,7 @@ class Learner(nn.Module):
             points: ``(R, V, 3, H, W)``, their world points in metres.
 
         Returns:
-            Distances ``(R, cells, CELLS)`` in metres.
+            Distances in metres ``(R, (V - SUPPORT) * patches, (stride / CELL)²)``, one for each cell of each patch.
         """
         multiple = self.backbone.multiple
         flat = students.padded(images.flatten(0, 1), multiple).contiguous(memory_format=torch.channels_last)
@@ -114,10 +114,13 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
         few = torch.cat([room.images[::8] for room in pool.rooms[:64]]).permute(0, 3, 1, 2) / 255
         pretraining.whiten(learner.backbone.body.patch_embed.proj, students.padded(few, learner.backbone.multiple))
 
+    # In bfloat16 torch's depthwise convolutions are slower on a CPU than in float32.
+    bfloat16 = device.type in plan.bfloat16 and (name, device.type) != ("mobilenet", "cpu")
+
     def step(number, generator):
         pool.advance(number // plan.steps_a_room)
         images, points = drawn(pool.rooms, plan.batch, generator)
-        return learner(images, points, device.type in plan.bfloat16).mean()
+        return learner(images, points, bfloat16).mean()
 
     return learner, run.fit(step, partial(figures_of, learner, held_out)), settings
 
@@ -127,9 +130,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kdutils.backbones", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by default all")
     options = pretraining.options(parser, BACKBONE_PLANS, argv)
+    unknown = set(options.names) - set(NAMES)
+    if unknown:
+        parser.error(f"no such backbone: {', '.join(sorted(unknown))}; use {', '.join(NAMES)}")
     for name in options.names or NAMES:
-        if name not in NAMES:
-            parser.error(f"no such backbone: {name}; use {', '.join(NAMES)}")
         learner, log, settings = train(name, options.plan, pretraining.folder_of(name, options), options.device,
                                        rooms_folder=options.rooms, progress=pretraining.Log())  # fmt: skip
         pretraining.finish(name, learner.backbone, log, settings, options,

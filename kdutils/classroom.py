@@ -73,7 +73,8 @@ class Classroom:
     def localise(self, points, masks=None, log_scales=None):
         """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
 
-        Figures are NaN, and it says so, where PoseLib is not installed.
+        ``masks (N, H, W)`` are True where there is a point, ``log_scales (N, H, W)`` the logarithms of the points'
+        uncertainty in metres. Figures are NaN, and it says so, where PoseLib is not installed.
         """
         if not localisation.available():
             print("PoseLib is not installed: cameras are not located")

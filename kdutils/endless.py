@@ -97,7 +97,7 @@ class RoomPool:
         while self.turn + len(self.rooms) < turn + self.count:
             self.rooms += islice(self.arriving, 1)
             if progress:
-                progress(len(self.rooms), self.count)
+                progress(len(self.rooms), self.count, "rooms")
         self.rooms = self.rooms[turn - self.turn :]
         self.turn = turn
 

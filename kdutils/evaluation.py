@@ -252,23 +252,26 @@ def open_questions(rows):
 
 def _answers(here):
     """Questions and answers of one scene's rows, by arm."""
-    best = min(without_ablations(here.values()), key=lambda row: row["mse"])
+    proper = without_ablations(here.values())
+    there, deep = (min(proper, key=lambda row: np.nan_to_num(row[figure], nan=np.inf))
+                   for figure in ("localised_translation", "depth_median"))  # fmt: skip
     yield ("Can a student localise the camera?",
-           f"{best['arm']} median {100 * best['localised_translation']:.1f} cm, {best['localised_rotation']:.1f}°, "
-           f"{best['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")  # fmt: skip
-    yield ("How far are students from the true depth?", f"{best['arm']} median {100 * best['depth_median']:.1f} cm")
-    paper = min((row for row in here.values() if row["arm"] in PAPER_ARMS), key=lambda row: row["mse"], default=None)
-    if paper and "anchornet-scratch" in here:
-        own = here["anchornet-scratch"]
-        yield ("Is a network made for the task better, at the same steps?",
-               f"anchornet {own['mse']:.4f} m², best of the paper's arms {paper['mse']:.4f} m² "
-               f"({paper['label']})")  # fmt: skip
-        peers = [row for arm, row in here.items() if arm in ORIGINAL_ARMS]
-        for peer in peers:
-            yield ("And better than the original study's networks?",
-                   f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
-                   f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
-                   f"{own['train_images_per_second']:.0f}")  # fmt: skip
+           f"{there['label']} median {100 * there['localised_translation']:.1f} cm, "
+           f"{there['localised_rotation']:.1f}°, {there['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")
+    yield ("How far are students from the true depth?", f"{deep['label']} median {100 * deep['depth_median']:.1f} cm")
+    compared = [(here[f"anchornet-{start}"], min(peers, key=lambda row: row["mse"])) for start in STARTS
+                if f"anchornet-{start}" in here and (peers := [here[arm] for arm in here.keys() & PAPER_ARMS.keys()
+                                                               if ARMS[arm].start == start])]  # fmt: skip
+    if compared:
+        yield ("Is a network made for the task better, at the same steps and start?",
+               ", ".join(f"{own['label']} {own['mse']:.4f} m² against {paper['mse']:.4f} ({paper['label']})"
+                         for own, paper in compared))  # fmt: skip
+    own = here.get("anchornet-scratch")
+    for peer in (row for arm, row in here.items() if own and arm in ORIGINAL_ARMS):
+        yield ("And better than the original study's networks?",
+               f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
+               f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
+               f"{own['train_images_per_second']:.0f}")  # fmt: skip
     frozen = [(name, here[random], here[frozen]) for name, frozen, random in _frozen_pairs()
               if {frozen, random} <= set(here) and not here[frozen]["unpretrained"]]  # fmt: skip
     if frozen:

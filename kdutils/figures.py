@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Patch
 
 from kdutils import geometry
 
@@ -31,23 +32,24 @@ def frame_grid(images, depths, titles, width=2.4):
     return _bare(figure, axes)
 
 
-def maps(rows, labels, value="", cmap="magma", limits=None, width=2.4):
+def maps(rows, labels, value="", cmap="magma", width=2.4, most=np.inf):
     """Pictures in rows: RGB ``(H, W, 3)`` as they are, ``(H, W)`` in colour on one scale with a colour bar.
 
     Args:
         rows: lists of arrays, all of one length. labels: one for each row. value: what the colour bar measures.
+        most: the scale ends there at the latest.
     """
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(width * len(rows[0]), 0.8 * width * len(rows)),
                                 layout="constrained", squeeze=False)  # fmt: skip
     scalars = [a[np.isfinite(a)] for row in rows for a in row if a.ndim == 2]
-    limits = limits or (0, np.percentile(np.concatenate(scalars), 98) if scalars else 1)
+    highest = min(most, np.percentile(np.concatenate(scalars), 98)) if scalars else 1
     shown, last = None, None
     for line, row, label in zip(axes, rows, labels):
         for axis, array in zip(line, row):
             if array.ndim == 3:
                 axis.imshow(array)
             else:
-                shown, last = axis.imshow(array, vmin=limits[0], vmax=limits[1], cmap=cmap), line
+                shown, last = axis.imshow(array, vmin=0, vmax=highest, cmap=cmap), line
         line[0].set_ylabel(label)
     if shown is not None:
         figure.colorbar(shown, ax=list(last), label=value, shrink=0.9)
@@ -66,16 +68,16 @@ def panels(arrays, titles, width=3.4):
     return _bare(figure, axes)
 
 
-def two_clouds(before, after, poses, titles):
-    """Two clouds on top of each other, from above: once as they were and once as they are."""
+def two_clouds(before, after, poses, titles, units=("m", "m")):
+    """Two clouds on top of each other, from above: once as they were and once as they are, each in its own unit."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     a, b = _views(poses)[0]
-    for axis, clouds, title in zip(axes, (before, after), titles):
+    for axis, clouds, title, unit in zip(axes, (before, after), titles, units):
         for points, colour in zip(clouds, (TRAIN, TEST)):
             points, _ = thin(points, points, 8000)
             axis.scatter(points[:, a], points[:, b], s=0.6, color=colour, linewidths=0, rasterized=True)
         axis.plot(poses[:, a, 3], poses[:, b, 3], "k^", ms=6)
-        axis.set(title=title, xlabel=f"{'xyz'[a]} in m", ylabel=f"{'xyz'[b]} in m", aspect="equal")
+        axis.set(title=title, xlabel=f"{'xyz'[a]} in {unit}", ylabel=f"{'xyz'[b]} in {unit}", aspect="equal")
     return figure
 
 
@@ -129,12 +131,10 @@ def pair_graphs(graphs, loop=30, bounds=None):
     return figure
 
 
-def histogram(errors, label, bound=None):
-    """Distribution of errors in centimetres, with a bound marked."""
+def histogram(errors, label):
+    """Distribution of errors in centimetres."""
     figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
     axis.hist(errors, bins=80, color=TRAIN)
-    if bound is not None:
-        axis.axvline(bound, color=TEST, ls="--")
     axis.set(xlabel=f"{label} in cm", ylabel="pixels")
     return figure
 
@@ -209,7 +209,7 @@ def results(rows, baseline=None, paper=None):
     lowest = min([row["mse"] for row in rows] + [value for value in (baseline, paper) if value])
     axis.set_xlim(lowest / 2, axis.get_xlim()[1] * 1.6)
     if baseline or paper:
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return figure
 
 
@@ -223,11 +223,12 @@ def cost_against_error(rows):
                       color=_colour(row["arm"]), alpha=_strength(row["arm"]))  # fmt: skip
     for scene, mark in markers.items():
         axes[1].plot([], [], mark, color="black", label=scene)
-    for backbone in dict.fromkeys(_backbone(row["arm"]) for row in rows):
-        axes[1].plot([], [], "s", color=BACKBONE_COLOURS[backbone], label=backbone)
+    colours = [Patch(color=BACKBONE_COLOURS[backbone], label=backbone)
+               for backbone in dict.fromkeys(_backbone(row["arm"]) for row in rows)]  # fmt: skip
     axes[0].set(xlabel="size in MB at 32 bits", ylabel="median error to depth in cm", xscale="log", yscale="log")
     axes[1].set(xlabel="latency in ms for one image", xscale="log")
-    axes[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
+    axes[1].legend(handles=[*axes[1].get_legend_handles_labels()[0], *colours], frameon=False, fontsize=8,
+                   bbox_to_anchor=(1.01, 1), loc="upper left")  # fmt: skip
     return figure
 
 
@@ -390,7 +391,7 @@ def _colour(arm):
 
 
 def _strength(arm):
-    return 0.55 if arm.startswith(("vit32", "vit64")) else 1.0
+    return {"vit32": 0.6, "vit64": 0.3}.get(arm.split("-")[0], 1.0)
 
 
 def _line_style(arm):

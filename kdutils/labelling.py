@@ -38,6 +38,11 @@ class PairShards:
             raise IndexError(number)
         return read_shard(shard_path(self.folder, number))
 
+    def answer(self, number):
+        """The ``PairPointmaps`` of one pair, by its place among ``pairs``."""
+        shard, place = divmod(int(number), self.manifest["settings"]["pairs_per_shard"])
+        return PairPointmaps(*(array[place : place + 1] for array in self[shard]))
+
     @property
     def pairs(self):
         """All directed pairs ``(P, 2)``."""

@@ -185,7 +185,7 @@ PRESETS = {
     ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, steps=100_000, seconds=60, batch=16, validations=20, augmentation=STRONG,
+        most_train=1000, most_test=400, steps=100_000, seconds=50, batch=16, validations=20, augmentation=STRONG,
         first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS), vit_blocks=12, teacher="dust3r",
         other_teacher="depth",
     ),
@@ -196,7 +196,7 @@ class Study:
     """One scene, one teacher, one preset: what every notebook starts from.
 
     Artefacts lie under ``data/`` (preset ``sample``) or ``data/PRESET/``, so that presets never overwrite one another;
-    the environment variable ``KDUTILS_DATA`` moves the whole folder. A scene is a name or the path of a scene folder.
+    the environment variable ``KDUTILS_DATA`` moves them elsewhere. A scene is a name or the path of a scene folder.
 
     Raises:
         ValueError: an unknown preset, teacher or device; the message names the known ones.

@@ -73,15 +73,17 @@ def settle_teacher(study, checkpoint="auto"):
     Raises:
         dust3r.CheckpointError: a checkpoint that was named cannot be had.
     """
-    artefacts.discard(study.substitution)
     if study.asked_teacher == "dust3r":
         try:
             dust3r.locate_checkpoint(checkpoint)
         except dust3r.CheckpointError as error:
             if checkpoint != "auto":
+                artefacts.discard(study.substitution)
                 raise
+            # Written over the old one: other processes of this run never find none.
             artefacts.write_json(study.substitution, {"teacher": study.preset.other_teacher, "reason": str(error)})
             return f"TEACHER {study.teacher} INSTEAD OF dust3r: {error}"
+    artefacts.discard(study.substitution)
     return f"teacher {study.teacher}"
 
 
@@ -149,13 +151,14 @@ def depth_points(study):
 
 
 class Bar:
-    """A progress bar that appears with the first step, so that a stage that is skipped shows none."""
+    """A progress bar that appears with the first step, as a skipped stage shows none; another total is another bar."""
 
     def __init__(self, name, unit):
         self.name, self.unit, self.bar = name, unit, None
 
     def __call__(self, done, total, text=""):
-        self.bar = self.bar or tqdm(desc=self.name, unit=self.unit, total=total)
+        if self.bar is None or self.bar.total != total:
+            self.bar = tqdm(desc=self.name, unit=self.unit, total=total)
         self.bar.set_postfix_str(text, refresh=False)
         self.bar.update(done - self.bar.n)
         if done == total:

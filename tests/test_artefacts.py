@@ -67,7 +67,7 @@ def test_file_digest_is_of_the_bytes(tmp_path):
 def test_tensors_round_trip(tmp_path, dtype):
     array = np.arange(24).reshape(2, 3, 4).astype(dtype)
     tensors = {"plain": array, "strided": array.transpose(2, 0, 1)[::2], "empty": array[:0], "odd": np.ones(3, "u1")}
-    artefacts.write_tensors(tmp_path / "t.safetensors", tensors, {"note": "x"})
+    artefacts.write_tensors(tmp_path / "t.safetensors", tensors)
     read = artefacts.read_tensors(tmp_path / "t.safetensors")
     assert read.keys() == tensors.keys()
     for name, expected in tensors.items():

@@ -291,12 +291,16 @@ def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
 
 
 def test_open_questions_are_answered_by_the_rows(rows):
+    # Neither the best localiser nor the one nearest to the depth camera has to have the least MSE.
+    other = {"cnn-scratch": {"localised_translation": 0.06}, "vit16-frozen": {"depth_median": 0.01}}
+    rows = [{**row, **other.get(row["arm"], {})} for row in rows]
     found = {answer["question"]: answer["found"] for answer in evaluation.open_questions(rows)}
     assert found["Can a student localise the camera?"] == (
-        "kitchen: anchornet-long median 7.0 cm, 2.5°, 30% within 5 cm and 5°"
+        "kitchen: cnn-scratch median 6.0 cm, 2.5°, 30% within 5 cm and 5°"
     )
-    assert "anchornet 0.1000 m², best of the paper's arms 0.1235 m² (cnn-scratch)" in (
-        found["Is a network made for the task better, at the same steps?"]
+    assert found["How far are students from the true depth?"] == "kitchen: vit16-frozen (random weights) median 1.0 cm"
+    assert found["Is a network made for the task better, at the same steps and start?"] == (
+        "kitchen: anchornet-scratch 0.1000 m² against 0.1235 (cnn-scratch)"
     )
     peers = found["And better than the original study's networks?"]
     assert "original-cnn has 6.0 times its MSE" in peers

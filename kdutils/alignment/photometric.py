@@ -9,12 +9,14 @@ second finer. What the teacher did not see stays unseen, and confidences stay th
 Before that, the same comparison tells how many metres the network's unit has: one multiple for the whole scene.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.sparse import coo_array
 
-VERSION = 1  # raise it when the same labels are refined otherwise: those on disk are then made anew
+VERSION = 2  # raise it when the same labels are refined otherwise: those on disk are then made anew
 MOST_VIEWS = 10  # that an image is compared with
 PASSES = ((0.18, 13), (0.06, 9))  # how far the logarithm of the depth is searched to both sides, and how many are tried
 WINDOW, LEAST_CONTRAST = 5, 0.01  # pixels around, by whose mean and deviation (of 1) a picture is normalised
@@ -24,7 +26,7 @@ PRIOR_WEIGHT, PRIOR = 0.03, 0.12  # what the teacher's depth counts for, and its
 BEND, BREAK = 0.05, 0.2  # what one step between neighbouring pixels costs, and what more than one
 NEAREST = 0.05  # metres before a camera
 UNITS, ROOMS = 81, (0.4, 20.0)  # how many units are tried, such that the scene is so many metres away
-LOOKED_AT = 12  # images that tell the unit
+LOOKED_AT = 12  # images that tell the unit, at most
 LEAST_PEAK = 0.05  # by how much the logarithm of likeness has to rise above its median over all units
 PIXELS_AT_ONCE = 2**17
 
@@ -63,15 +65,15 @@ def unit(shards, images, intrinsics, poses, telling, device="cpu"):
 
 
 def _some_depths(shards, telling):
-    """Depth ``(H, W)`` in the network's unit and weight ``(H, W)`` of some images, by image; one a shard."""
-    said = {}
-    for number in np.unique(np.linspace(0, len(shards) - 1, LOOKED_AT).round().astype(int)):
-        shard = shards[number]
-        for (image, _), points, confidence in zip(shard.pairs.tolist(), shard.points_i, shard.confidence_i):
-            if telling[image] and image not in said:
-                there = np.isfinite(points).all(-1) & np.isfinite(confidence) & (points[..., 2] > 0)
-                said[image] = np.where(there, points[..., 2], 1), np.log(np.where(there, confidence, 1))
-                break
+    """Depth ``(H, W)`` in the network's unit and weight ``(H, W)`` of ``LOOKED_AT`` of the images, by image."""
+    images, places = np.unique(shards.pairs[:, 0], return_index=True)
+    images, places = images[telling[images]], places[telling[images]]
+    every, said = max(1, math.ceil(len(images) / LOOKED_AT)), {}
+    for image, place in zip(images[::every].tolist(), places[::every]):
+        answer = shards.answer(place)
+        points, confidence = answer.points_i[0], answer.confidence_i[0]
+        there = np.isfinite(points).all(-1) & np.isfinite(confidence) & (points[..., 2] > 0)
+        said[image] = np.where(there, points[..., 2], 1), np.log(np.where(there, confidence, 1))
     return said
 
 
