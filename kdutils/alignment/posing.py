@@ -44,13 +44,15 @@ class Posed:
 
     def _posed(self, shard):
         points, confidence = np.array(shard.points_j, np.float32), np.array(shard.confidence_j, np.float32)
-        for k, (i, j) in enumerate(shard.pairs.tolist()):
-            if (i, j) not in self._found:
-                self._found[i, j] = self._correction(i, j, points[k], confidence[k])
-            if self._found[i, j] is None:
+        pairs = list(map(tuple, shard.pairs.tolist()))
+        new = [k for k, pair in enumerate(pairs) if pair not in self._found]
+        found = localisation.at_once(lambda k: self._correction(*pairs[k], points[k], confidence[k]), new)
+        self._found.update(zip((pairs[k] for k in new), found))
+        for k, pair in enumerate(pairs):
+            if self._found[pair] is None:
                 confidence[k] = 1  # no information
             else:
-                points[k] = geometry.transform(self._found[i, j].astype(np.float32), points[k])
+                points[k] = geometry.transform(self._found[pair].astype(np.float32), points[k])
         return shard._replace(points_j=points, confidence_j=confidence)
 
     def _correction(self, i, j, points, confidence):
