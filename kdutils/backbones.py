@@ -8,7 +8,7 @@ what such a student needs, and rooms come and go without a head to be learned fi
 """
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 
 import torch
@@ -103,6 +103,8 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
         The trained ``Learner``, the log, and the settings that made it.
     """
     device = torch.device(device)
+    if name == "mobilenet":  # torch's depthwise convolutions are slower in bfloat16 on a CPU
+        plan = replace(plan, bfloat16=tuple(kind for kind in plan.bfloat16 if kind != "cpu"))
     settings = {"backbone": name, "plan": asdict(plan), "size": list(size), "views": VIEWS, "support": SUPPORT,
                 "vit_blocks": VIT_BLOCKS if name.startswith("vit") else None}  # fmt: skip
     learner = Learner(name, size, plan.seed).to(device, memory_format=torch.channels_last)
@@ -114,13 +116,10 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
         few = torch.cat([room.images[::8] for room in pool.rooms[:64]]).permute(0, 3, 1, 2) / 255
         pretraining.whiten(learner.backbone.body.patch_embed.proj, students.padded(few, learner.backbone.multiple))
 
-    # In bfloat16 torch's depthwise convolutions are slower on a CPU than in float32.
-    bfloat16 = device.type in plan.bfloat16 and (name, device.type) != ("mobilenet", "cpu")
-
     def step(number, generator):
         pool.advance(number // plan.steps_a_room)
         images, points = drawn(pool.rooms, plan.batch, generator)
-        return learner(images, points, bfloat16).mean()
+        return learner(images, points, device.type in plan.bfloat16).mean()
 
     return learner, run.fit(step, partial(figures_of, learner, held_out)), settings
 

@@ -259,13 +259,15 @@ def _answers(here):
            f"{there['label']} median {100 * there['localised_translation']:.1f} cm, "
            f"{there['localised_rotation']:.1f}°, {there['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")
     yield ("How far are students from the true depth?", f"{deep['label']} median {100 * deep['depth_median']:.1f} cm")
-    compared = [(here[f"anchornet-{start}"], min(peers, key=lambda row: row["mse"])) for start in STARTS
-                if f"anchornet-{start}" in here and (peers := [here[arm] for arm in here.keys() & PAPER_ARMS.keys()
-                                                               if ARMS[arm].start == start])]  # fmt: skip
+    compared = []
+    for start in STARTS:
+        own = here.get(f"anchornet-{start}")
+        paper = [row for arm, row in here.items() if arm in PAPER_ARMS and PAPER_ARMS[arm].start == start]
+        if own and paper:
+            best = min(paper, key=lambda row: row["mse"])
+            compared.append(f"{own['label']} {own['mse']:.4f} m² against {best['mse']:.4f} ({best['label']})")
     if compared:
-        yield ("Is a network made for the task better, at the same steps and start?",
-               ", ".join(f"{own['label']} {own['mse']:.4f} m² against {paper['mse']:.4f} ({paper['label']})"
-                         for own, paper in compared))  # fmt: skip
+        yield "Is a network made for the task better, at the same steps and start?", ", ".join(compared)
     own = here.get("anchornet-scratch")
     for peer in (row for arm, row in here.items() if own and arm in ORIGINAL_ARMS):
         yield ("And better than the original study's networks?",

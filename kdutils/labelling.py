@@ -41,7 +41,7 @@ class PairShards:
     def answer(self, number):
         """The ``PairPointmaps`` of one pair, by its place among ``pairs``."""
         shard, place = divmod(int(number), self.manifest["settings"]["pairs_per_shard"])
-        return PairPointmaps(*(array[place : place + 1] for array in self[shard]))
+        return read_shard(shard_path(self.folder, shard), slice(place, place + 1))
 
     @property
     def pairs(self):
@@ -124,8 +124,9 @@ def _halved(array):
     return np.clip(array, -largest, largest).astype(np.float16) if array.dtype.kind == "f" else array
 
 
-def read_shard(path):
-    arrays = artefacts.read_tensors(path)
+def read_shard(path, some=slice(None)):
+    """The ``PairPointmaps`` of a shard in float32, or of some of its pairs; only those are read."""
+    arrays = {name: array[some] for name, array in artefacts.read_tensors(path).items()}
     return PairPointmaps(**{name: a.astype(np.float32) if a.dtype.kind == "f" else a for name, a in arrays.items()})
 
 
