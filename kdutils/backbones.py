@@ -105,7 +105,7 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
     device = torch.device(device)
     if name == "mobilenet":  # torch's depthwise convolutions are slower in bfloat16 on a CPU
         plan = replace(plan, bfloat16=tuple(kind for kind in plan.bfloat16 if kind != "cpu"))
-    settings = {"backbone": name, "plan": asdict(plan), "size": list(size), "views": VIEWS, "support": SUPPORT,
+    settings = {"backbone": name, "size": list(size), "views": VIEWS, "support": SUPPORT,
                 "vit_blocks": VIT_BLOCKS if name.startswith("vit") else None}  # fmt: skip
     learner = Learner(name, size, plan.seed).to(device, memory_format=torch.channels_last)
     held_out = list(endless.rooms_of(range(min(HELD_OUT_ROOMS, plan.rooms)), size, device, rooms_folder, True))
@@ -121,7 +121,7 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
         images, points = drawn(pool.rooms, plan.batch, generator)
         return learner(images, points, device.type in plan.bfloat16).mean()
 
-    return learner, run.fit(step, partial(figures_of, learner, held_out)), settings
+    return learner, run.fit(step, partial(figures_of, learner, held_out)), run.settings
 
 
 def main(argv=None):

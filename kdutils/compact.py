@@ -12,7 +12,6 @@ question is part of the network that ships.
 
 import argparse
 import math
-from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -242,7 +241,7 @@ def train(plan, folder, device="cpu", size=SIZE, config=CONFIG, rooms_folder=Non
     Returns:
         The trained ``Learner``, the log, and the settings that made it.
     """
-    device, settings = torch.device(device), {"plan": asdict(plan), "size": list(size), "config": config}
+    device, settings = torch.device(device), {"size": list(size), "config": config}
     learner = Learner(config, size, plan.seed).to(device)
     count = min(HELD_OUT_ROOMS, plan.rooms)
     held_out = held_out_pairs(size, device, rooms_folder, count, HELD_OUT_PAIRS * count // HELD_OUT_ROOMS)
@@ -258,7 +257,7 @@ def train(plan, folder, device="cpu", size=SIZE, config=CONFIG, rooms_folder=Non
         pairs = Pairs.draw(pool.rooms, plan.batch, generator).recoloured(generator)
         return loss_of(learner, pairs, number, device.type in plan.bfloat16)
 
-    return learner, run.fit(step, partial(figures_of, learner, held_out)), settings
+    return learner, run.fit(step, partial(figures_of, learner, held_out)), run.settings
 
 
 def main(argv=None):

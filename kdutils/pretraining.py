@@ -1,12 +1,14 @@
 """What the two pretraining recipes share (``compact``, ``backbones``): the loop, its state on disk, and the end of it.
 
-A step is a function of seed and step number alone, so a run that was killed goes on exactly where it was.
+A step is a function of seed and step number alone, so a run that was killed goes on exactly where it was. One that has
+ended goes on as well, where it is given a larger budget: a second stage, at the learning rate of the new schedule (a
+warm restart: Loshchilov and Hutter, ICLR 2017). Its settings name all stages.
 """
 
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,25 +19,35 @@ from kdutils import artefacts, evaluation, shipped
 from kdutils.settings import REPOSITORY, pick_device
 from kdutils.training import TrainingError, learning_rate
 
+BUDGET = ("steps", "seconds", "validations")  # of a plan: what may differ where an ended run goes on
+
 
 class Run:
     """One pretraining, whose state is kept on disk at every validation.
 
     Args:
         folder: of the state, ``training.pt``.
-        settings: what the run depends on; a state of other settings is not gone on with.
+        settings: what the run depends on besides the plan; a state of others is not gone on with.
         model: what learns. plan: ``settings.Pretraining``.
         progress: callable(done, total, text), in steps, or in seconds where those are the budget.
+
+    Its ``settings`` name the plan too, and where the run had others before, those.
     """
 
     def __init__(self, folder, settings, model, plan, progress=None):
-        self.state_path, self.settings = Path(folder) / "training.pt", artefacts.digest(settings)
+        lasting = {name: value for name, value in asdict(plan).items() if name not in BUDGET}
+        self.state_path, self.digest = Path(folder) / "training.pt", artefacts.digest({**settings, "plan": lasting})
         self.model, self.plan, self.progress = model, plan, progress or (lambda *_: None)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(learning, lr=plan.learning_rate, betas=(0.9, 0.95),
                                            weight_decay=plan.weight_decay, fused=True)  # fmt: skip
-        self.step, self.seconds, self.history = 0, 0.0, []
+        self.step, self.seconds, self.history, self.plans = 0, 0.0, [], []
         self._resume()
+        if asdict(plan) not in self.plans:
+            self.plans.append(asdict(plan))
+        self.settings = {**settings, "plan": self.plans[-1]}
+        if self.plans[:-1]:
+            self.settings["earlier_plans"] = self.plans[:-1]
 
     def fit(self, loss_of, validate):
         """Learn to the end of the budget.
@@ -94,8 +106,9 @@ class Run:
         entry = {"step": self.step, "seconds": round(self.seconds, 1), "loss": loss, **figures}
         self.history.append(entry)
         self._report(done, ", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
-        state = {"settings": self.settings, "step": self.step, "seconds": self.seconds, "history": self.history,
-                 "model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}  # fmt: skip
+        state = {"settings": self.digest, "plans": self.plans, "step": self.step, "seconds": self.seconds,
+                 "history": self.history, "model": self.model.state_dict(),
+                 "optimiser": self.optimiser.state_dict()}  # fmt: skip
         artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
     def _report(self, done, text):
@@ -108,11 +121,11 @@ class Run:
             return
         device = next(self.model.parameters()).device
         state = torch.load(self.state_path, map_location=device, weights_only=True)
-        if state["settings"] != self.settings:
+        if state["settings"] != self.digest:
             return
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.seconds, self.history = state["step"], state["seconds"], state["history"]
+        self.step, self.seconds, self.history, self.plans = (state[k] for k in ("step", "seconds", "history", "plans"))
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class Preset:
     vit_blocks: int = 12  # the paper has ViTs of 4 and of 12
     teacher: str = "compact"
     other_teacher: str = "compact"  # where DUSt3R's checkpoint cannot be had; it has seen rendered rooms only
-    validation_share: float = 0.15  # of each training sequence, its end
+    validation_share: float = 0.15  # of each training sequence, in several stretches
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     # Teachers that known cameras and the pictures help, see alignment.posing and alignment.photometric.
     assisted: tuple[str, ...] = ("compact",)

@@ -20,6 +20,7 @@ from kdutils.augmentation import DRAWS
 from kdutils.settings import RECIPES, Augmentation, Recipe
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+STRETCHES = 4  # of a training sequence, at most, that are held out
 
 
 class TrainingError(RuntimeError):
@@ -27,9 +28,10 @@ class TrainingError(RuntimeError):
 
 
 def split_validation(sequence, share):
-    """Training and validation frames: the end of each training sequence is held out.
+    """Training and validation frames: each training sequence is cut evenly, and the end of each piece held out.
 
-    Whole stretches, because the neighbours of a video's frame are nearly that frame.
+    Stretches, because the neighbours of a video's frame are nearly that frame; several, because a single one shows one
+    corner of the scene and picks the checkpoint that is best there.
 
     Args:
         sequence: ``(N,)`` sequence number of each frame; 0 is the test sequence.
@@ -42,8 +44,10 @@ def split_validation(sequence, share):
     for name in np.unique(sequence[sequence > 0]):
         members = np.flatnonzero(sequence == name)
         held_out = max(1, round(len(members) * share))
-        train.append(members[:-held_out])
-        validation.append(members[-held_out:])
+        pieces = min(STRETCHES, held_out)
+        for piece, few in zip(np.array_split(members, pieces), np.array_split(range(held_out), pieces)):
+            train.append(piece[: -len(few)])
+            validation.append(piece[-len(few) :])
     return np.concatenate(train), np.concatenate(validation)
 
 
@@ -85,7 +89,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
         study, arm: ``settings.Study`` and ``settings.Arm``.
         examples: ``augmentation.Examples``, all of the scene's, for the study's device.
         train_index, validation_index: frames to learn from and to pick the checkpoint by.
-        inputs: digest of the labels; a run on other labels is made anew.
+        inputs: digest of the labels; a run on other labels, or on other frames, is made anew.
         weights: see ``students.find_weights``.
         progress: callable(done, total, text), in steps, or in seconds where those are the budget.
         plan: by default the preset's.
@@ -102,6 +106,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
     student, origin = students.build(arm, examples.size, weights, study.preset.vit_blocks, uncertainty)
     settings = {"arm": asdict(arm), "plan": asdict(plan), "inputs": inputs, "size": list(examples.size),
                 "vit_blocks": study.preset.vit_blocks, "weights": origin.note, "device": study.device.type,
+                "split": artefacts.digest([np.asarray(part).tolist() for part in (train_index, validation_index)]),
                 "weights_digest": origin.path and artefacts.file_digest(origin.path)}  # fmt: skip
     student.to(study.device, memory_format=torch.channels_last)  # also when found: other layouts round otherwise
     if artefacts.manifest_matches(folder / "student.json", settings):

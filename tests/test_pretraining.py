@@ -261,6 +261,17 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_weights(recipe, tmp_path, r
         assert {**entry, "seconds": 0} == {**other, "seconds": 0}
 
 
+def test_an_ended_run_goes_on_in_a_second_stage_and_its_settings_tell(tmp_path, rooms_folder, monkeypatch):
+    first = run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS))[1]
+    schedule = []
+    monkeypatch.setattr(pretraining, "learning_rate", lambda plan, done: schedule.append(done) or 1e-3)
+    _, log, settings = run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS, steps=10))
+    assert log[:2] == first and [entry["step"] for entry in log[2:]] == [5, 10]
+    assert settings["plan"]["steps"] == 10 and [plan["steps"] for plan in settings["earlier_plans"]] == [4]
+    assert schedule == [step / 10 for step in range(4, 10)]
+    assert run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS))[1] == log  # a smaller budget is used up already
+
+
 def test_other_settings_do_not_go_on_with_a_run(tmp_path, rooms_folder):
     first = run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS))[1]
     other = run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS, seed=1))[1]

@@ -78,15 +78,22 @@ def names_in(folder, arm="cnn-scratch"):
     return sorted(path.name for path in arm_folder(folder, arm).iterdir())
 
 
-@given(st.lists(st.integers(2, 30), min_size=2, max_size=5), st.floats(0.05, 0.5))
-def test_validation_is_the_end_of_each_training_sequence(lengths, share):
+@given(st.lists(st.integers(4, 60), min_size=2, max_size=5), st.floats(0.05, 0.4))
+def test_validation_is_even_stretches_of_each_training_sequence(lengths, share):
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     train, validation = training.split_validation(sequence, share)
     assert sorted([*train, *validation]) == np.flatnonzero(sequence > 0).tolist()
     for name in range(1, len(lengths)):
         ours, held = (part[sequence[part] == name] for part in (train, validation))
-        assert len(ours) and len(held) and ours.max() < held.min()
-        assert abs(len(held) - share * lengths[name]) <= 1
+        ends = held[~np.isin(held + 1, held)]  # of the stretches
+        assert len(ours) and abs(len(held) - share * lengths[name]) <= 1
+        assert len(ends) == min(training.STRETCHES, len(held)) and ends[-1] == max(*ours, *held)
+        assert len(ends) == 1 or np.ptp(np.diff(ends)) <= 1
+
+
+def test_a_sequence_of_two_frames_has_one_for_each():
+    train, validation = training.split_validation(np.array([0, 0, 1, 1]), 0.15)
+    assert train.tolist() == [2] and validation.tolist() == [3]
 
 
 # The schedule
