@@ -30,24 +30,24 @@ class Run:
         settings: what the run depends on besides the plan; a state of others is not gone on with.
         model: what learns. plan: ``settings.Pretraining``.
         progress: callable(done, total, text), in steps, or in seconds where those are the budget.
-
-    Its ``settings`` name the plan too, and where the run had others before, those.
     """
 
     def __init__(self, folder, settings, model, plan, progress=None):
         lasting = {name: value for name, value in asdict(plan).items() if name not in BUDGET}
         self.state_path, self.digest = Path(folder) / "training.pt", artefacts.digest({**settings, "plan": lasting})
-        self.model, self.plan, self.progress = model, plan, progress or (lambda *_: None)
+        self.depends_on, self.model, self.plan = settings, model, plan
+        self.progress = progress or (lambda *_: None)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimiser = torch.optim.AdamW(learning, lr=plan.learning_rate, betas=(0.9, 0.95),
                                            weight_decay=plan.weight_decay, fused=True)  # fmt: skip
         self.step, self.seconds, self.history, self.plans = 0, 0.0, [], []
         self._resume()
-        if asdict(plan) not in self.plans:
-            self.plans.append(asdict(plan))
-        self.settings = {**settings, "plan": self.plans[-1]}
-        if self.plans[:-1]:
-            self.settings["earlier_plans"] = self.plans[:-1]
+
+    @property
+    def settings(self):
+        """What made the model: the ``plan`` that it last learned by, and ``earlier_plans`` where there were any."""
+        *earlier, last = self.plans
+        return {**self.depends_on, "plan": last, **({"earlier_plans": earlier} if earlier else {})}
 
     def fit(self, loss_of, validate):
         """Learn to the end of the budget.
@@ -105,6 +105,8 @@ class Run:
         self.model.train()
         entry = {"step": self.step, "seconds": round(self.seconds, 1), "loss": loss, **figures}
         self.history.append(entry)
+        if self.plans[-1:] != [asdict(self.plan)]:
+            self.plans.append(asdict(self.plan))
         self._report(done, ", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
         state = {"settings": self.digest, "plans": self.plans, "step": self.step, "seconds": self.seconds,
                  "history": self.history, "model": self.model.state_dict(),
