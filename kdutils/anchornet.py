@@ -106,9 +106,18 @@ def convex_upsampling(cells, mixture, stride):
     """
     count, channels, height, width = cells.shape
     weights = mixture.view(count, 1, 9, stride**2, height, width).softmax(2)
-    around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(count, channels, 9, 1, height, width)
+    around = F.unfold(bordered(cells), 3).view(count, channels, 9, 1, height, width)
     fine = (weights * around).sum(2).view(count, channels * stride**2, height, width)
     return F.pixel_shuffle(fine, stride)
+
+
+def bordered(maps):
+    """Maps ``(B, C, H, W)`` with their border repeated once around them: ``(B, C, H + 2, W + 2)``."""
+    if not torch.compiler.is_compiling():
+        return F.pad(maps, (1, 1, 1, 1), mode="replicate")
+    # torch 2.14 compiles the backward pass of that for another memory layout than its CPU code keeps to.
+    rows = torch.cat([maps[:, :, :1], maps, maps[:, :, -1:]], 2)
+    return torch.cat([rows[..., :1], rows, rows[..., -1:]], 3)
 
 
 def _doubled(features):

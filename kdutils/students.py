@@ -115,13 +115,13 @@ class PixelShuffleHead(nn.Module):
         self.mix = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.GELU())
         # A 1x1 convolution written as a matrix product, which is far faster on a grid of few large patches.
         self.points = nn.Linear(hidden, outputs * self.shuffle**2)
-        self.refine = nn.Conv2d(outputs, outputs, 3, padding=1, padding_mode="replicate")
+        self.refine = nn.Conv2d(outputs, outputs, 3)
 
     def forward(self, features):
         patches = self.points(self.mix(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         points = F.pixel_shuffle(patches, self.shuffle)
         points = F.interpolate(points, scale_factor=self.coarse, mode="bilinear", align_corners=False)
-        return points + self.refine(points)
+        return points + self.refine(anchornet.bordered(points))
 
 
 class VanillaCNN(nn.Module):

@@ -280,6 +280,13 @@ def test_each_pixel_of_a_cell_chooses_a_neighbour_of_its_own():
     assert fine[0:2, 0:2].round(decimals=4).tolist() == [[0, 0], [0, 6]]  # beyond the border are the cells on it
 
 
+def test_borders_are_repeated_alike_in_compiled_code(monkeypatch):
+    maps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    plain = anchornet.bordered(maps)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(anchornet.bordered(maps), plain) and torch.equal(plain[..., 1:-1, 1:-1], maps)
+
+
 # The original study's
 
 

@@ -311,6 +311,14 @@ def test_half_precision_on_the_devices_that_the_preset_names(tmp_path, whole):
     assert manifest["best_validation_mse"] == pytest.approx(whole[2]["best_validation_mse"], rel=0.2)
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("arm", ["cnn-scratch", "anchornet-scratch"])
+def test_compiled_training_learns_the_same(tmp_path, arm):
+    plain, compiled = (run(tmp_path / str(how), arm=arm, compile=how)[1]["history"] for how in (False, True))
+    for before, after in zip(plain, compiled, strict=True):
+        assert after == pytest.approx(before, rel=0.02)
+
+
 # Failing
 
 
