@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdutils import endless, pretraining, students
+from kdutils import dust3r, endless, pretraining, shipped, students
 from kdutils.augmentation import DRAWS, Examples
 from kdutils.settings import BACKBONE_PLANS, MILD, OWN_ARMS, PAPER_ARMS
 
@@ -26,11 +26,12 @@ CELL = 4  # pixels: heads say one point for so many squared
 VIEWS = endless.VIEWS  # of a room in a step: all there are, for a student's head is made from hundreds
 SUPPORT = 36  # of them make the head, the others measure it
 RIDGE = -3.0  # logarithm of the weight of a head's size, to begin with
+TEACHER_CHANNELS = 192  # of the compact DUSt3R's tokens
 HELD_OUT_ROOMS = 12
 
 
 class Learner(nn.Module):
-    """A student's backbone (see ``students``), and how much its rooms' heads are held back."""
+    """A student's backbone (see ``students``), and what it learns by: ``distances`` and ``unlikeness``."""
 
     def __init__(self, name, size=SIZE, seed=0):
         super().__init__()
@@ -39,25 +40,31 @@ class Learner(nn.Module):
         self.backbone = students.BACKBONES[arm.backbone](arm, size, VIT_BLOCKS)
         self.fold = self.backbone.stride // CELL
         self.ridge = nn.Parameter(torch.tensor(RIDGE))
+        self.patches = max(1, self.backbone.stride // dust3r.PATCH)  # the teacher's, along a side of one of its own
+        self.regressor = nn.Conv2d(self.backbone.channels, TEACHER_CHANNELS * self.patches**2, 1)
 
-    def forward(self, images, points, bfloat16=False):
+    def forward(self, images, bfloat16=False):
+        """Features ``(B, C, h, w)`` of images ``(B, 3, H, W)`` in [0, 1]."""
+        images = students.padded(images, self.backbone.multiple).contiguous(memory_format=torch.channels_last)
+        with pretraining.precision(images.device, bfloat16):
+            return self.backbone(images).float()
+
+    def distances(self, features, points):
         """How far the heads of R rooms are from the truth, in the views that they were not made from.
 
         Args:
-            images: ``(R, V, 3, H, W)`` in [0, 1], of which the first ``SUPPORT`` of the V views make the head.
-            points: ``(R, V, 3, H, W)``, their world points in metres.
+            features: ``(R * V, C, h, w)``; the first ``SUPPORT`` of a room's V views make its head.
+            points: ``(R, V, 3, H, W)``, the views' world points in metres.
 
         Returns:
             Distances in metres ``(R, (V - SUPPORT) * patches, (stride / CELL)²)``, one for each cell of each patch.
         """
-        multiple = self.backbone.multiple
-        flat = students.padded(images.flatten(0, 1), multiple).contiguous(memory_format=torch.channels_last)
-        with pretraining.precision(images.device, bfloat16):
-            features = self.backbone(flat)
-        cells = F.layer_norm(features.float().permute(0, 2, 3, 1), (features.shape[1],))
-        cells = F.pad(cells, (0, 1), value=1.0).unflatten(0, images.shape[:2]).flatten(2, 3)  # (R, V, cells, C + 1)
-        middle = students.padded(points.flatten(0, 1), multiple)[..., CELL // 2 :: CELL, CELL // 2 :: CELL]
-        truth = F.pixel_unshuffle(middle, self.fold).permute(0, 2, 3, 1).unflatten(0, images.shape[:2]).flatten(2, 3)
+        rooms_and_views = points.shape[:2]
+        cells = F.layer_norm(features.permute(0, 2, 3, 1), (features.shape[1],))
+        cells = F.pad(cells, (0, 1), value=1.0).unflatten(0, rooms_and_views).flatten(2, 3)  # (R, V, cells, C + 1)
+        points = students.padded(points.flatten(0, 1), self.backbone.multiple)
+        middle = points[..., CELL // 2 :: CELL, CELL // 2 :: CELL]
+        truth = F.pixel_unshuffle(middle, self.fold).permute(0, 2, 3, 1).unflatten(0, rooms_and_views).flatten(2, 3)
         head = self.head(cells[:, :SUPPORT].flatten(1, 2), truth[:, :SUPPORT].flatten(1, 2))
         off = cells[:, SUPPORT:].flatten(1, 2) @ head - truth[:, SUPPORT:].flatten(1, 2)
         return off.unflatten(-1, (3, -1)).norm(dim=2)
@@ -68,6 +75,24 @@ class Learner(nn.Module):
         held_back = self.ridge.exp() * torch.eye(squares.shape[-1], device=squares.device)
         held_back[-1, -1] = 0  # the mean point is free
         return torch.linalg.solve(squares + held_back, cells.mT @ truth / cells.shape[1])
+
+    def unlikeness(self, features, tokens):
+        """Mean squared difference of the teacher's features to what a linear regressor makes of these (FitNets' hint).
+
+        Args:
+            features: ``(B, C, h, w)``. tokens: the same images' ``teacher_features``.
+        """
+        coarse = F.avg_pool2d(features, max(1, dust3r.PATCH // self.backbone.stride))
+        retold = F.pixel_shuffle(self.regressor(coarse), self.patches)
+        return F.mse_loss(retold[..., : tokens.shape[2], : tokens.shape[3]], tokens)
+
+
+@torch.no_grad()
+def teacher_features(teacher, images, bfloat16=False):
+    """The compact DUSt3R's encoder tokens of images ``(B, 3, H, W)`` in [0, 1], normalised: ``(B, C, H/16, W/16)``."""
+    with pretraining.precision(images.device, bfloat16):
+        tokens = teacher.encode(2 * images - 1).float()
+    return dust3r.as_map(F.layer_norm(tokens, tokens.shape[-1:]), images.shape[-2:])
 
 
 def drawn(rooms, count, generator, augmented=True):
@@ -84,18 +109,22 @@ def drawn(rooms, count, generator, augmented=True):
     return [tensor.unflatten(0, (len(chosen), VIEWS)) for tensor in (batch.images, batch.points)]
 
 
-def figures_of(learner, rooms):
-    """Median distance in metres on rooms that were never learned from."""
+def figures_of(learner, teacher, rooms):
+    """Median distance in metres, and mean unlikeness, on rooms that were never learned from."""
     generator = torch.Generator().manual_seed(0)
-    images, points = drawn(rooms, len(rooms), generator, augmented=False)
-    return {"median": float(torch.cat([learner(i[None], p[None]).flatten() for i, p in zip(images, points)]).median())}
+    distances, unlikeness = [], []
+    for images, points in zip(*drawn(rooms, len(rooms), generator, augmented=False)):
+        features = learner(images)
+        distances.append(learner.distances(features, points[None]).flatten())
+        unlikeness.append(learner.unlikeness(features, teacher_features(teacher, images)))
+    return {"median": float(torch.cat(distances).median()), "unlikeness": float(torch.stack(unlikeness).mean())}
 
 
 def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progress=None):
     """Pretrain one backbone, or go on where a killed run was.
 
     Args:
-        name: one of ``NAMES``. plan: ``settings.Pretraining``; its batch is in rooms.
+        name: one of ``NAMES``. plan: ``settings.BackbonePretraining``; its batch is in rooms.
         folder: of the run's state. rooms_folder: keeps rendered rooms, see ``endless``.
         progress: callable(done, total, text).
 
@@ -108,6 +137,7 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
     settings = {"backbone": name, "size": list(size), "views": VIEWS, "support": SUPPORT,
                 "vit_blocks": VIT_BLOCKS if name.startswith("vit") else None}  # fmt: skip
     learner = Learner(name, size, plan.seed).to(device, memory_format=torch.channels_last)
+    teacher = dust3r.load_checkpoint(shipped.locate(shipped.TEACHER).parent, device)
     held_out = list(endless.rooms_of(range(min(HELD_OUT_ROOMS, plan.rooms)), size, device, rooms_folder, True))
     run = pretraining.Run(folder, settings, learner, plan, progress)
     pool = endless.RoomPool(plan.rooms, size, device, rooms_folder, run.step // plan.steps_a_room)
@@ -119,9 +149,14 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
     def step(number, generator):
         pool.advance(number // plan.steps_a_room)
         images, points = drawn(pool.rooms, plan.batch, generator)
-        return learner(images, points, device.type in plan.bfloat16).mean()
+        images, bfloat16 = images.flatten(0, 1), device.type in plan.bfloat16
+        features = learner(images, bfloat16)
+        loss = learner.distances(features, points).mean()
+        if plan.distillation:
+            loss += plan.distillation * learner.unlikeness(features, teacher_features(teacher, images, bfloat16))
+        return loss
 
-    return learner, run.fit(step, partial(figures_of, learner, held_out)), run.settings
+    return learner, run.fit(step, partial(figures_of, learner, teacher, held_out)), run.settings
 
 
 def main(argv=None):

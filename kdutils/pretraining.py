@@ -1,8 +1,8 @@
 """What the two pretraining recipes share (``compact``, ``backbones``): the loop, its state on disk, and the end of it.
 
 A step is a function of seed and step number alone, so a run that was killed goes on exactly where it was. One that has
-ended goes on as well, where it is given a larger budget: a second stage, at the learning rate of the new schedule (a
-warm restart: Loshchilov and Hutter, ICLR 2017). Its settings name all stages.
+ended goes on as well, where it is given a larger budget: a second stage, whose schedule begins anew (a warm restart:
+Loshchilov and Hutter, ICLR 2017). Its settings name all stages and where they began.
 """
 
 import math
@@ -19,7 +19,7 @@ from kdutils import artefacts, evaluation, shipped
 from kdutils.settings import REPOSITORY, pick_device
 from kdutils.training import TrainingError, learning_rate
 
-BUDGET = ("steps", "seconds", "validations")  # of a plan: what may differ where an ended run goes on
+OF_A_STAGE = ("steps", "seconds", "validations", "distillation")  # of a plan: may differ where an ended run goes on
 
 
 class Run:
@@ -33,7 +33,7 @@ class Run:
     """
 
     def __init__(self, folder, settings, model, plan, progress=None):
-        lasting = {name: value for name, value in asdict(plan).items() if name not in BUDGET}
+        lasting = {name: value for name, value in asdict(plan).items() if name not in OF_A_STAGE}
         self.state_path, self.digest = Path(folder) / "training.pt", artefacts.digest({**settings, "plan": lasting})
         self.depends_on, self.model, self.plan = settings, model, plan
         self.progress = progress or (lambda *_: None)
@@ -42,6 +42,9 @@ class Run:
                                            weight_decay=plan.weight_decay, fused=True)  # fmt: skip
         self.step, self.seconds, self.history, self.plans = 0, 0.0, [], []
         self._resume()
+        last = self.plans[-1] if self.plans else {}
+        here = {"step": self.step, "seconds": self.seconds}
+        self.stage = last if last == {**last, **asdict(plan)} else {**asdict(plan), "began_at": here}
 
     @property
     def settings(self):
@@ -89,8 +92,11 @@ class Run:
         self.optimiser.step()
 
     def _done(self):
-        by_time = self.seconds / self.plan.seconds if self.plan.seconds else 0
-        return max(self.step / self.plan.steps, by_time)
+        """Share of the stage's budget that is used up."""
+        began = self.stage["began_at"]
+        by_steps = _share(began["step"], self.step, self.plan.steps)
+        by_time = _share(began["seconds"], self.seconds, self.plan.seconds) if self.plan.seconds else 0
+        return max(by_steps, by_time)
 
     def _next_validation(self, done):
         return min(1, (math.floor(done * self.plan.validations + 1e-9) + 1) / self.plan.validations)
@@ -105,8 +111,8 @@ class Run:
         self.model.train()
         entry = {"step": self.step, "seconds": round(self.seconds, 1), "loss": loss, **figures}
         self.history.append(entry)
-        if self.plans[-1:] != [asdict(self.plan)]:
-            self.plans.append(asdict(self.plan))
+        if self.plans[-1:] != [self.stage]:
+            self.plans.append(self.stage)
         self._report(done, ", ".join(f"{name} {value:.4g}" for name, value in entry.items()))
         state = {"settings": self.digest, "plans": self.plans, "step": self.step, "seconds": self.seconds,
                  "history": self.history, "model": self.model.state_dict(),
@@ -114,8 +120,9 @@ class Run:
         artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
     def _report(self, done, text):
-        total = self.plan.seconds or self.plan.steps
-        rate = self.plan.batch * self.step / max(self.seconds, 1e-9)
+        plan, began = self.plan, self.stage["began_at"]
+        total = plan.seconds - began["seconds"] if plan.seconds else plan.steps - began["step"]
+        rate = plan.batch * self.step / max(self.seconds, 1e-9)
         self.progress(min(total, round(done * total)), total, f"{text}, {rate:.0f}/s")
 
     def _resume(self):
@@ -128,6 +135,10 @@ class Run:
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.history, self.plans = (state[k] for k in ("step", "seconds", "history", "plans"))
+
+
+def _share(begin, now, end):
+    return 1 if now >= end else (now - begin) / (end - begin)
 
 
 @contextmanager

@@ -123,16 +123,23 @@ class Pretraining:
     bfloat16: tuple[str, ...] = ("cuda", "cpu")  # kinds of device that train with it
 
 
+@dataclass(frozen=True)
+class BackbonePretraining(Pretraining):
+    """The same for backbones. Batches are in rooms; ``distillation`` weighs the compact DUSt3R's features."""
+
+    distillation: float = 1.0
+
+
 # "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=2, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
     "cuda": Pretraining(steps=120_000, batch=64, rooms=1000, steps_a_room=60, validations=60),
 }
-BACKBONE_PLANS = {  # batches in rooms
-    "smoke": Pretraining(steps=4, batch=1, rooms=2, steps_a_room=2, validations=2),
-    "cpu": Pretraining(steps=1_000_000, batch=2, rooms=150, steps_a_room=20, seconds=1000, validations=10),
-    "cuda": Pretraining(steps=40_000, batch=16, rooms=1000, steps_a_room=20, validations=40),
+BACKBONE_PLANS = {
+    "smoke": BackbonePretraining(steps=4, batch=1, rooms=2, steps_a_room=2, validations=2),
+    "cpu": BackbonePretraining(steps=1_000_000, batch=2, rooms=150, steps_a_room=20, seconds=1000, validations=10),
+    "cuda": BackbonePretraining(steps=40_000, batch=16, rooms=1000, steps_a_room=20, validations=40),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorDeviceMismatchError, FakeTensorMode
 
-from kdutils import augmentation, compact, dust3r, endless, inference, losses, students, training
+from kdutils import augmentation, backbones, compact, dust3r, endless, inference, losses, students, training
 from kdutils.settings import ARMS, Study
 
 SIZE = (96, 128)
@@ -93,6 +93,19 @@ def test_the_labelling_engine_stays_on_the_models_device(head, fake):
         teacher = inference.DUSt3RTeacher(frames, on_cuda(model))
         answers = teacher._decode(np.array([[0, 1], [2, 3]]))
     assert teacher.is_half and {answer.device.type for answer in answers.values()} == {"cuda"}
+
+
+@pytest.mark.parametrize("name", backbones.NAMES)
+def test_a_backbones_objectives_stay_on_the_device(name, fake):
+    teacher = dust3r.DUSt3R("linear", SIZE, backbones.TEACHER_CHANNELS, 1, 3, 96, 1, 3)
+    learner = backbones.Learner(name)
+    with fake:
+        on_cuda(learner)
+        images, points = torch.empty(2, 2, backbones.VIEWS, 3, *SIZE, device=CUDA)
+        features = learner(images.flatten(0, 1), bfloat16=True)
+        tokens = backbones.teacher_features(on_cuda(teacher), images.flatten(0, 1), bfloat16=True)
+        loss = learner.distances(features, points).mean() + learner.unlikeness(features, tokens)
+    assert loss.device.type == "cuda"
 
 
 def test_the_compact_teachers_objective_stays_on_the_device(fake):

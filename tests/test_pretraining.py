@@ -214,15 +214,62 @@ def test_every_backbone_learns_from_other_views_than_it_is_asked_about(name, som
     learner = backbones.Learner(name, SIZE)
     images, points = backbones.drawn(some_rooms, 2, torch.Generator().manual_seed(0))
     assert images.shape == points.shape == (2, backbones.VIEWS, 3, *SIZE)
-    off = learner(images, points)
+    features = learner(images.flatten(0, 1))
+    off = learner.distances(features, points)
     assert torch.isfinite(off).all() and off.mean() < 5
-    off.mean().backward()
+    off.mean().backward(retain_graph=True)
     assert all(p.grad is not None for p in learner.backbone.parameters() if p.requires_grad)
     asked = points[:, backbones.SUPPORT :]
     moved = torch.cat([points[:, : backbones.SUPPORT], asked + 100], 1)  # what is asked about makes no head
-    learner.eval()
-    with torch.no_grad():
-        assert (learner(images, moved).mean() - learner(images, points).mean()).abs() > 90
+    assert (learner.distances(features, moved).mean() - off.mean()).abs() > 90
+
+
+# The teacher's features
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return dust3r.load_checkpoint(shipped.locate(shipped.TEACHER).parent)
+
+
+@pytest.mark.parametrize("name", backbones.NAMES)
+def test_features_that_tell_patches_apart_can_retell_the_teachers(name, teacher):
+    learner, image = backbones.Learner(name, SIZE), torch.rand(1, 3, *SIZE)
+    tokens = backbones.teacher_features(teacher, image)
+    rows, columns = (-(-side // learner.patches) for side in tokens.shape[2:])
+    patches = torch.eye(learner.backbone.channels)[: rows * columns].T.unflatten(1, (rows, columns))[None]
+    features = patches.repeat_interleave(fine := max(1, 16 // learner.backbone.stride), 2).repeat_interleave(fine, 3)
+    whole = torch.zeros(1, tokens.shape[1], rows * learner.patches, columns * learner.patches)
+    whole[..., : tokens.shape[2], : tokens.shape[3]] = tokens
+    answers = torch.nn.functional.pixel_unshuffle(whole, learner.patches).flatten(2)[0]
+    learner.regressor.bias.data.zero_()
+    assert learner.unlikeness(features, tokens) > 0.5
+    learner.regressor.weight.data[:, : rows * columns, 0, 0] = answers
+    assert learner.unlikeness(features, tokens) < 1e-10
+
+
+def test_the_teachers_features_are_its_encoders_and_all_weigh_alike(teacher):
+    images = torch.rand(2, 3, *SIZE)
+    seen = backbones.teacher_features(teacher, images)
+    tokens = teacher.encode(2 * images - 1).transpose(1, 2).reshape(2, -1, 2, 3)
+    assert seen.shape == tokens.shape == (2, backbones.TEACHER_CHANNELS, 2, 3) and not seen.requires_grad
+    correlation = torch.corrcoef(torch.stack([seen[1, :, 1, 2], tokens[1, :, 1, 2]]).detach())[0, 1]
+    assert correlation > 1 - 1e-5
+    torch.testing.assert_close(seen.mean(1), torch.zeros(2, 2, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(seen.square().mean(1), torch.ones(2, 2, 3), atol=1e-3, rtol=0)
+
+
+def test_distillation_makes_the_features_like_the_teachers_also_as_a_second_stage(tmp_path, rooms_folder):
+    def run(folder, **changes):
+        plan = plan_of(BACKBONE_PLANS, steps_a_room=1000, **changes)
+        return backbones.train("vit16", plan, tmp_path / folder, size=SIZE, rooms_folder=rooms_folder)[1:]
+
+    without, _ = run("without", steps=24, distillation=0.0)
+    distilled, _ = run("distilled", steps=24)
+    assert distilled[-1]["unlikeness"] < 0.8 * without[-1]["unlikeness"]
+    log, settings = run("without", steps=48)
+    assert log[:2] == without and log[-1]["unlikeness"] < 0.8 * without[-1]["unlikeness"]
+    assert [plan["distillation"] for plan in (*settings["earlier_plans"], settings["plan"])] == [0, 1]
 
 
 # Runs
@@ -266,9 +313,9 @@ def test_an_ended_run_goes_on_in_a_second_stage_and_its_settings_tell(tmp_path, 
     schedule = []
     monkeypatch.setattr(pretraining, "learning_rate", lambda plan, done: schedule.append(done) or 1e-3)
     _, log, settings = run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS, steps=10))
-    assert log[:2] == first and [entry["step"] for entry in log[2:]] == [5, 10]
+    assert log[:2] == first and [entry["step"] for entry in log[2:]] == [7, 10]
     assert settings["plan"]["steps"] == 10 and [plan["steps"] for plan in settings["earlier_plans"]] == [4]
-    assert schedule == [step / 10 for step in range(4, 10)]
+    assert settings["plan"]["began_at"]["step"] == 4 and schedule == [step / 6 for step in range(6)]  # a warm restart
     for steps in (4, 6):  # a smaller budget is used up already, and the settings do not claim it
         assert run_compact(tmp_path, rooms_folder, plan_of(COMPACT_PLANS, steps=steps))[1:] == (log, settings)
 
