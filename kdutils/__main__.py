@@ -1,7 +1,7 @@
 """Run the study's notebooks in order: ``python -m kdutils [SCENE ...]``.
 
 Every notebook is executed by papermill with the parameters given here, and its executed copy is kept. A notebook whose
-copy, inputs and outputs are unchanged is skipped, so a run that was killed goes on where it was.
+copy, inputs, outputs and code are unchanged is skipped, so a run that was killed goes on where it was.
 """
 
 import argparse
@@ -10,12 +10,13 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from kdutils import artefacts, evaluation, scenes, stages
+from kdutils import artefacts, evaluation, scenes, shipped, stages
 from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -37,6 +38,9 @@ def main(argv=None):
     for number, scene in enumerate(names):
         with noted(failures):
             study = Study(scene, options.preset, options.teacher, options.device, options.seed)
+            if study.scene in [other.scene for other in done]:
+                raise StageFailed(f"{scene}: left out, as this run has another scene called {study.scene}. Rename one "
+                                  "of the two folders.")  # fmt: skip
             print(stages.settle_teacher(study, _path(options.checkpoint)), flush=True)
             run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
             done.append(study)
@@ -85,12 +89,13 @@ def run_scene(study, options, number, total):
     extra = {"02_dust3r_labels": {"checkpoint": _path(options.checkpoint)},
              "04_cnn_students": {"weights": _path(options.weights)},
              "05_vit_students": {"weights": _path(options.weights)}}  # fmt: skip
+    described = {**study.describe(), "files": stages.files_digest(study)}
     inputs = []
     for place, name in enumerate(SCENE_NOTEBOOKS, number + 1):
         outputs = outputs_of(study, name)
         copy = study.notebooks_folder / f"{name}.ipynb"
         run_notebook(f"[{place}/{total}] {study.scene}: {name}", name, {**parameters, **extra.get(name, {})}, copy,
-                     inputs, outputs, study.describe(), options.verbose)  # fmt: skip
+                     inputs, outputs, described, options.verbose)  # fmt: skip
         inputs = outputs if place <= number + 3 else inputs
 
 
@@ -124,8 +129,8 @@ def run_notebook(title, name, parameters, copy, inputs, outputs, described, verb
         StageFailed: a cell failed; the message says which and why, and the copy holds the whole story.
     """
     source, stamp = NOTEBOOKS / f"{name}.ipynb", copy.with_suffix(".json")
-    settings = {"notebook": code_digest(source), "parameters": parameters, "study": described,
-                "inputs": _digests(inputs)}  # fmt: skip
+    settings = {"notebook": code_digest(source), "package": package_digest(), "parameters": parameters,
+                "study": described, "inputs": _digests(inputs)}  # fmt: skip
     if copy.exists() and artefacts.manifest_matches(stamp, settings):
         if artefacts.read_json(stamp)["outputs"] == _digests(outputs):
             print(f"{title}: finished before, skipped", flush=True)
@@ -153,6 +158,13 @@ def code_digest(notebook):
     """Digest of a notebook's code, so that neither prose nor outputs make a stage stale."""
     cells = artefacts.read_json(notebook)["cells"]
     return artefacts.digest(["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"])
+
+
+@cache
+def package_digest():
+    """Digest of kdutils and of the weights that come with it. Notebooks run anew redo only what it really changes."""
+    files = [*sorted((REPOSITORY / "kdutils").rglob("*.py")), *sorted(shipped.WEIGHTS.glob(f"*/{shipped.CARD}"))]
+    return artefacts.digest([artefacts.file_digest(file) for file in files])
 
 
 def summarise(studies, failures, seconds):

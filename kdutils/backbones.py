@@ -5,6 +5,10 @@ world frame (so was ACE's encoder trained: Brachmann et al., CVPR 2023, section 
 solved in closed form from some of the room's views in every step; the backbone learns to make it right on the room's
 *other* views (Bertinetto et al., ICLR 2019). That is a student's own task with a frozen backbone, so what is learned is
 what such a student needs, and rooms come and go without a head to be learned first.
+
+They also learn to tell, by a linear regressor, the features of the compact DUSt3R's encoder in the same views (a hint:
+Romero et al., *FitNets*, ICLR 2015). A room's points alone teach where things are in rooms that look like the rendered
+ones; these features, made from pairs of views, are of more use in a real scene.
 """
 
 import argparse
@@ -163,15 +167,18 @@ def main(argv=None):
     """Pretrain backbones on rendered rooms, and with --ship put them where the study finds them."""
     parser = argparse.ArgumentParser(prog="python -m kdutils.backbones", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by default all")
+    parser.add_argument("--distillation", type=float, default=1.0, help="weight of the compact DUSt3R's features")
     options = pretraining.options(parser, BACKBONE_PLANS, argv)
+    plan = replace(options.plan, distillation=options.distillation)
     unknown = set(options.names) - set(NAMES)
     if unknown:
         parser.error(f"no such backbone: {', '.join(sorted(unknown))}; use {', '.join(NAMES)}")
     for name in options.names or NAMES:
-        learner, log, settings = train(name, options.plan, pretraining.folder_of(name, options), options.device,
+        learner, log, settings = train(name, plan, pretraining.folder_of(name, options), options.device,
                                        rooms_folder=options.rooms, progress=pretraining.Log())  # fmt: skip
         pretraining.finish(name, learner.backbone, log, settings, options,
-                           "views of rendered kitchens and offices, each with a head of its own")  # fmt: skip
+                           "views of rendered kitchens and offices, each room with a head of its own, "
+                           "and what the compact DUSt3R sees in them")  # fmt: skip
 
 
 if __name__ == "__main__":

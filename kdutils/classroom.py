@@ -3,6 +3,7 @@
 import argparse
 from contextlib import nullcontext
 
+import matplotlib.pyplot as plt
 import numpy as np
 
 from kdutils import artefacts, evaluation, figures, localisation, losses, stages, teachers, training
@@ -48,7 +49,6 @@ class Classroom:
         points, log_scale = self.predictions(name, with_scale=True)
         if not losses.needs_uncertainty(manifest["settings"]["plan"]["recipe"]["loss"]):
             log_scale = None  # there, but nothing taught it
-        train_points = self.labels.points[self.train][self.labels.valid[self.train]]
         valid, measured = self.labels.valid[test], self.measured[test]
         located = self.localise(points, None, log_scale)
         return {
@@ -58,7 +58,7 @@ class Classroom:
             "weights_note": manifest["settings"]["weights"],
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
-            "mean_point": evaluation.mean_point_errors(train_points, self.labels.points[test], valid),
+            "mean_point": self.mean_point(test),
             "localisation": {name: located[name] for name in localisation.FIGURES},
             "size": evaluation.size_of(student),
             "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
@@ -69,6 +69,11 @@ class Classroom:
                        "train_images_per_second": manifest["images_per_second"]},
             "machine": evaluation.machine(study.device),
         }  # fmt: skip
+
+    def mean_point(self, frames):
+        """Errors in some frames of the mean labelled training point, said for every pixel."""
+        train_points = self.labels.points[self.train][self.labels.valid[self.train]]
+        return evaluation.mean_point_errors(train_points, self.labels.points[frames], self.labels.valid[frames])
 
     def localise(self, points, masks=None, log_scales=None):
         """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
@@ -107,16 +112,26 @@ def keep_results(folder, rows, claims, studies):
     """The results' plots, the claims and answers, and last the tables ``results.csv`` and ``results.json``."""
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
-        proper, baseline = evaluation.without_ablations(found), found[0]["mean_point_mse"]
-        figure = figures.results(proper, baseline, evaluation.paper_mse(study.scene))
-        figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
-        figure.savefig(folder / f"results_{study.scene.replace('/', '_')}.png", dpi=110)
+        _keep(results_plot(study, found), folder / f"results_{study.scene.replace('/', '_')}.png")
         groups = evaluation.ablation_groups(found)
         if groups:
-            figures.ablations(groups).savefig(folder / f"ablations_{study.scene.replace('/', '_')}.png", dpi=110)
-    figures.cost_against_error(evaluation.without_ablations(rows)).savefig(folder / "cost_against_error.png", dpi=110)
+            _keep(figures.ablations(groups), folder / f"ablations_{study.scene.replace('/', '_')}.png")
+    _keep(figures.cost_against_error(evaluation.without_ablations(rows)), folder / "cost_against_error.png")
     artefacts.write_json(folder / "claims.json", claims)
     evaluation.write_table(rows, folder / "results")
+
+
+def results_plot(study, rows):
+    """The test MSE of a scene's arms, beside that of the mean point and the paper's."""
+    proper = evaluation.without_ablations(rows)
+    figure = figures.results(proper, rows[0]["mean_point_mse"], evaluation.paper_mse(study.scene))
+    figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
+    return figure
+
+
+def _keep(figure, path):
+    figure.savefig(path, dpi=110)
+    plt.close(figure)  # or a notebook shows it once more
 
 
 def history(study, name):

@@ -296,8 +296,11 @@ def _frozen_pairs():
 
 
 def ablation_groups(rows):
-    """Test MSE by one setting at a time, for one scene's rows: a title to a mapping of settings to m²."""
-    mse = {row["arm"]: row["mse"] for row in rows}
+    """Test MSE by one setting at a time, for one scene's rows: a title to a mapping of settings to m².
+
+    An arm that should have been pretrained and was not is left out.
+    """
+    mse = {row["arm"]: row["mse"] for row in rows if not row["unpretrained"]}
     groups = {
         "ViT from scratch: patch": {str(patch): f"vit{patch}-scratch" for patch in (16, 32, 64)},
         "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
@@ -337,7 +340,8 @@ def _compare(rows, text, better, worse):
              if arm.endswith(f"-{better}") and (scene, f"{arm.split('-')[0]}-{worse}") in by_arm]  # fmt: skip
     pretrained = [(a, b) for a, b in pairs if not a["unpretrained"] and not b["unpretrained"]]
     if not pretrained:
-        return {"claim": text, "found": "no pretrained weights were at hand", "held": "not tested"}
+        found = "no pretrained weights were at hand" if pairs else "the arms to compare were not trained"
+        return {"claim": text, "found": found, "held": "not tested"}
     wins = sum(a["mse"] < b["mse"] for a, b in pretrained)
     return _claim(text, f"in {wins} of {len(pretrained)} comparisons", wins == len(pretrained))
 

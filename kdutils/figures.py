@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from kdutils import geometry
+from kdutils.settings import ARMS
 
 MOST_POINTS = 20_000  # of an interactive cloud: a third of a megabyte in the notebook
 _LEVELS = 6  # grey levels a channel of the colours that an interactive cloud uses
@@ -395,7 +396,7 @@ def _strength(arm):
 
 
 def _line_style(arm):
-    return {"frozen": ":", "scratch": "--"}.get(arm.split("-")[1], "-")
+    return "-." if arm.endswith("-long") else {"frozen": ":", "scratch": "--"}.get(ARMS[arm].start, "-")
 
 
 def _bare(figure, axes):

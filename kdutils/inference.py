@@ -69,7 +69,7 @@ class DUSt3RTeacher:
         pairs = np.asarray(pairs).reshape(-1, 2)
         sizes = {self.images[image].shape[:2] for image in np.unique(pairs)}
         if len(sizes) > 1:
-            raise ValueError(f"images of several sizes, {sorted(sizes)}: use predictions() for them")
+            raise ValueError(f"images of several sizes, {sorted(sizes)}: crop them alike, or use predictions()")
         size = next(iter(sizes), (0, 0))
         points_i, points_j = (np.empty((len(pairs), *size, 3), np.float16) for _ in range(2))
         confidence_i, confidence_j = (np.empty((len(pairs), *size), np.float16) for _ in range(2))

@@ -204,7 +204,7 @@ def folder_of(name, options):
 
 def finish(name, model, log, settings, options, trained_on, config=None):
     """Write the weights with their card: beside the run's state, or where the study finds them."""
-    home = shipped.WEIGHTS if options.ship else options.folder / f"{name}-seed{options.seed}"
+    home = shipped.WEIGHTS if options.ship else folder_of(name, options)
     card = {"trained_on": trained_on, "settings": settings, "seconds": log[-1]["seconds"],
             "machine": evaluation.machine(options.device), "validation": log[-1], "log": log}  # fmt: skip
     shipped.write(home / name, model, card, config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from kdutils.artefacts import read_json
+from kdutils.scenes import BUILDINGS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TEACHERS = ("depth", "dust3r", "compact")
@@ -270,7 +271,8 @@ class Study:
 def scene_name(scene, scenes_folder):
     """Name of a scene given by name (``kitchen``, ``apt1/kitchen``) or by its folder's path.
 
-    A folder of one's own that is called like a sample room takes its parent's name along, so that the two stay apart.
+    A folder of one's own that is called like a sample room, or lies in a building of 12Scenes, takes its parent's name
+    along, so that rooms stay apart.
     """
     folder = Path(scene).resolve()
     if not folder.is_dir():
@@ -278,7 +280,8 @@ def scene_name(scene, scenes_folder):
     if folder.is_relative_to(scenes_folder):
         return str(folder.relative_to(scenes_folder))
     is_sample_room = folder.name.split("-")[0] in ("kitchen", "office")
-    return f"{folder.parent.name}-{folder.name}" if is_sample_room else folder.name
+    is_ambiguous = is_sample_room or folder.parent.name in BUILDINGS
+    return f"{folder.parent.name}-{folder.name}" if is_ambiguous else folder.name
 
 
 def pick_device(device="auto"):

@@ -32,9 +32,8 @@ def scene_folder(study):
     Raises:
         scenes.SceneError: neither a folder, nor a downloaded scene, nor a sample room has this name.
     """
-    for folder in (Path(study.given), study.data / "scenes" / study.scene):
-        if (folder / "info.txt").exists() and not (folder / "room.json").exists():
-            return folder
+    if given := _given_folder(study):
+        return given
     kind, _, room_seed = study.scene.partition("-")
     if kind not in rooms.KINDS or not (room_seed or "0").isdecimal():
         raise scenes.SceneError(
@@ -46,6 +45,22 @@ def scene_folder(study):
     with artefacts.alone(folder):
         return rooms.write_room(folder, kind, int(room_seed or 0), every=study.preset.render_every,
                                 device=study.device, progress=Bar(f"render {study.scene}", "frame"))  # fmt: skip
+
+
+def files_digest(study):
+    """Digest of a given scene's files; None for a rendered room, and for a scene that ``prepare`` will complain of."""
+    folder = _given_folder(study)
+    try:
+        return folder and scenes.Scene.open(folder).input_digest()
+    except scenes.SceneError:
+        return None
+
+
+def _given_folder(study):
+    for folder in (Path(study.given), study.data / "scenes" / study.scene):
+        if (folder / "info.txt").exists() and not (folder / "room.json").exists():
+            return folder
+    return None
 
 
 def prepare(study):

@@ -4,9 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from test_scenes import write_scene
 
 from kdutils import __main__ as driver
-from kdutils import evaluation, stages
+from kdutils import evaluation, shipped, stages
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS, PRESETS, REPOSITORY, Study
 
 
@@ -44,6 +45,9 @@ def test_claims_on_pretraining_are_not_tested_without_pretrained_weights():
     found = verdicts(rows)
     assert found["A pretrained backbone is better unfrozen than frozen."] == "not tested"
     assert found["Pretraining helps"] == "not tested"
+    reasons = [{claim["found"] for claim in evaluation.claims(some) if claim["held"] == "not tested"}
+               for some in (rows, [row("office", "vit16-frozen", 0.2)])]  # fmt: skip
+    assert reasons == [{"no pretrained weights were at hand"}, {"the arms to compare were not trained"}]
 
 
 def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):
@@ -53,6 +57,23 @@ def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):
     (tmp_path / "apt1" / "README").touch()
     assert [Path(path).name for path in driver.expand(tmp_path / "apt1")] == ["a", "b"]
     assert driver.expand("kitchen-7") == ["kitchen-7"]
+
+
+def test_rooms_of_two_buildings_stay_apart(tmp_path):
+    for building in ("apt1", "apt2"):
+        (tmp_path / building / "living").mkdir(parents=True)
+        assert Study(tmp_path / building / "living").scene == f"{building}-living"
+
+
+def test_a_scene_that_would_write_over_another_is_left_out_and_named(tmp_path, monkeypatch, capsys):
+    folders = [tmp_path / place / "room" for place in ("here", "there")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    ran = []
+    monkeypatch.setattr(driver, "run_scene", lambda study, *_: ran.append(study.given))
+    monkeypatch.setattr(driver, "run_summary", lambda *_: None)
+    assert driver.main([*map(str, folders), "--teacher", "depth"]) == 1
+    assert ran == [str(folders[0])] and f"{folders[1]}: left out" in capsys.readouterr().err
 
 
 def test_scene_of_ones_own_never_takes_a_sample_rooms_place(tmp_path):
@@ -136,6 +157,27 @@ def test_notebooks_share_the_arms(preset):
     found = [path.parent.name for name in ("04_cnn_students", "05_vit_students")
              for path in driver.outputs_of(study, name)]  # fmt: skip
     assert sorted(found) == sorted(study.arms)
+
+
+def test_an_edited_scene_other_code_and_other_weights_make_stages_stale(tmp_path, monkeypatch):
+    scene = write_scene(tmp_path / "mine")
+    study = Study(scene)
+    before = stages.files_digest(study)
+    assert before and before == stages.files_digest(study) and stages.files_digest(Study("kitchen")) is None
+    (scene / "split.txt").write_text((scene / "split.txt").read_text() + "\n")
+    assert stages.files_digest(study) != before
+    (scene / "info.txt").write_text("nothing")  # notebook 01 says what is wrong with it
+    assert stages.files_digest(study) is None
+
+    shutil.copytree(REPOSITORY / "kdutils", tmp_path / "kdutils")
+    shutil.copytree(shipped.WEIGHTS / "vit16", tmp_path / "weights" / "vit16")
+    monkeypatch.setattr(driver, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(shipped, "WEIGHTS", tmp_path / "weights")
+    digests = [driver.package_digest.__wrapped__()]
+    for file in (tmp_path / "kdutils" / "alignment" / "posing.py", tmp_path / "weights" / "vit16" / shipped.CARD):
+        file.write_text(file.read_text() + "\n")
+        digests.append(driver.package_digest.__wrapped__())
+    assert len(set(digests)) == 3
 
 
 def test_prose_and_outputs_make_no_stage_stale_but_code_does(tmp_path):

@@ -280,7 +280,7 @@ def test_ablations_compare_what_was_trained(rows):
 def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
     base = {**rows[0], "loss": "mse"}
     frozen = {**base, "arm": "vit16-frozen", "mse": 0.2, "weights": "shipped", "unpretrained": False}
-    random = {**base, "arm": "vit16-frozen-random", "mse": 0.5, "weights": "random", "unpretrained": True}
+    random = {**base, "arm": "vit16-frozen-random", "mse": 0.5, "weights": "random", "unpretrained": False}
     asked = "What is a pretrained backbone worth, frozen?"
     found = {answer["question"]: answer["found"] for answer in evaluation.open_questions([frozen, random])}
     assert found[asked].endswith("(shipped weights): vit16 2.5x")
@@ -288,6 +288,7 @@ def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
     assert asked not in {answer["question"] for answer in untaught}
     groups = evaluation.ablation_groups([frozen, random])
     assert groups["Frozen backbone: pretrained or random"] == {"vit16": 0.2, "vit16, random": 0.5}
+    assert not evaluation.ablation_groups([{**frozen, "unpretrained": True}, random])
 
 
 def test_open_questions_are_answered_by_the_rows(rows):
