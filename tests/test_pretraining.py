@@ -343,12 +343,13 @@ def test_learning_brings_the_loss_down(tmp_path, rooms_folder):
 def test_command_trains_and_writes_weights_that_load_with_their_card(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "kdutils.backbones", "mobilenet", "--plan", "smoke", "--device", "cpu",
-         "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+         "--distillation", "0.5", "--folder", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "mobilenet-seed0" / "mobilenet"
     card = json.loads((folder / shipped.CARD).read_text())
     assert card["sha256"] == shipped.sha256(folder / shipped.FILE) and card["bytes"] < 2_000_000
+    assert card["settings"]["plan"]["distillation"] == 0.5 and "what the compact DUSt3R sees" in card["trained_on"]
     assert card["settings"]["plan"]["steps"] == 4 and card["log"][-1]["step"] == 4 and "threads" in card["machine"]
     body = backbones.Learner("mobilenet").backbone
     kept = artefacts.read_tensors(folder / shipped.FILE)
