@@ -31,16 +31,17 @@ class StageFailed(RuntimeError):
 def main(argv=None):
     options = parse(argv)
     given = options.scenes or PRESETS[options.preset].scenes
-    names = [name for scene in given for name in expand(scene)]
+    names = list(dict.fromkeys(name for scene in given for name in expand(scene)))
     print(f"{len(names)} scene(s), preset {options.preset}: {', '.join(given)}", flush=True)
-    started, failures, done = time.time(), [], []
+    started, failures, done, places = time.time(), [], [], set()
     total = len(SCENE_NOTEBOOKS) * len(names) + len(SUMMARIES)
     for number, scene in enumerate(names):
         with noted(failures):
             study = Study(scene, options.preset, options.teacher, options.device, options.seed)
-            if study.scene in [other.scene for other in done]:
+            if study.scene in places:
                 raise StageFailed(f"{scene}: left out, as this run has another scene called {study.scene}. Rename one "
                                   "of the two folders.")  # fmt: skip
+            places.add(study.scene)
             print(stages.settle_teacher(study, _path(options.checkpoint)), flush=True)
             run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
             done.append(study)

@@ -170,15 +170,20 @@ def main(argv=None):
     parser.add_argument("--distillation", type=float, default=1.0, help="weight of the compact DUSt3R's features")
     options = pretraining.options(parser, BACKBONE_PLANS, argv)
     plan = replace(options.plan, distillation=options.distillation)
-    trained_on = "views of rendered kitchens and offices, each room with a head of its own"
-    trained_on += ", and what the compact DUSt3R sees in them" if plan.distillation else ""
     unknown = set(options.names) - set(NAMES)
     if unknown:
         parser.error(f"no such backbone: {', '.join(sorted(unknown))}; use {', '.join(NAMES)}")
     for name in options.names or NAMES:
         learner, log, settings = train(name, plan, pretraining.folder_of(name, options), options.device,
                                        rooms_folder=options.rooms, progress=pretraining.Log())  # fmt: skip
-        pretraining.finish(name, learner.backbone, log, settings, options, trained_on)
+        pretraining.finish(name, learner.backbone, log, settings, options, trained_on(settings))
+
+
+def trained_on(settings):
+    """What a backbone with these settings learned from, for its card."""
+    is_distilled = any(plan["distillation"] for plan in (*settings.get("earlier_plans", ()), settings["plan"]))
+    rendered = "views of rendered kitchens and offices, each room with a head of its own"
+    return rendered + (", and what the compact DUSt3R sees in them" if is_distilled else "")
 
 
 if __name__ == "__main__":

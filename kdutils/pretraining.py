@@ -2,7 +2,7 @@
 
 A step is a function of seed and step number alone, so a run that was killed goes on exactly where it was. One that has
 ended goes on as well, where it is given a larger budget: a second stage, whose schedule begins anew (a warm restart:
-Loshchilov and Hutter, ICLR 2017). Its settings name all stages and where they began.
+Loshchilov and Hutter, ICLR 2017). Its settings name all stages and where their schedules began.
 """
 
 import math
@@ -34,7 +34,8 @@ class Run:
 
     def __init__(self, folder, settings, model, plan, progress=None):
         lasting = {name: value for name, value in asdict(plan).items() if name not in OF_A_STAGE}
-        self.state_path, self.digest = Path(folder) / "training.pt", artefacts.digest({**settings, "plan": lasting})
+        self.state_path = Path(folder) / "training.pt"
+        self.digest = artefacts.digest({**settings, "plan": lasting, "format": 2})
         self.depends_on, self.model, self.plan = settings, model, plan
         self.progress = progress or (lambda *_: None)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]

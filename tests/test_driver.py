@@ -70,10 +70,15 @@ def test_a_scene_that_would_write_over_another_is_left_out_and_named(tmp_path, m
     for folder in folders:
         folder.mkdir(parents=True)
     ran = []
-    monkeypatch.setattr(driver, "run_scene", lambda study, *_: ran.append(study.given))
-    monkeypatch.setattr(driver, "run_summary", lambda *_: None)
-    assert driver.main([*map(str, folders), "--teacher", "depth"]) == 1
-    assert ran == [str(folders[0])] and f"{folders[1]}: left out" in capsys.readouterr().err
+
+    def run_scene(study, *_):
+        ran.append(study.given)
+        raise driver.StageFailed("it failed half way")  # what it has written is still its own
+
+    monkeypatch.setattr(driver, "run_scene", run_scene)
+    assert driver.main([*map(str, folders), str(folders[0]), "--teacher", "depth"]) == 1
+    said = capsys.readouterr().err
+    assert ran == [str(folders[0])] and f"{folders[1]}: left out" in said and f"{folders[0]}: left out" not in said
 
 
 def test_scene_of_ones_own_never_takes_a_sample_rooms_place(tmp_path):

@@ -270,6 +270,10 @@ def test_distillation_makes_the_features_like_the_teachers_also_as_a_second_stag
     log, settings = run("without", steps=48)
     assert log[:2] == without and log[-1]["unlikeness"] < 0.8 * without[-1]["unlikeness"]
     assert [plan["distillation"] for plan in (*settings["earlier_plans"], settings["plan"])] == [0, 1]
+    plain, taught = settings["earlier_plans"][0], settings["plan"]
+    for stages in ({"plan": taught}, {"plan": plain, "earlier_plans": [taught]}, settings):  # whichever stage it was
+        assert "compact DUSt3R" in backbones.trained_on(stages)
+    assert "compact DUSt3R" not in backbones.trained_on({"plan": plain, "earlier_plans": [plain]})
 
 
 # Runs
