@@ -177,7 +177,7 @@ def summarise(studies, failures, seconds):
               f"{100 * row['depth_median']:>13.1f}{row['megabytes']:>7.1f}")  # fmt: skip
     unpretrained = [row for row in rows if row["unpretrained"]]
     if unpretrained:
-        print(f"{len(unpretrained)} pretrained arm(s) started from RANDOM WEIGHTS: no file given, hub out of reach.")
+        print(f"{len(unpretrained)} pretrained arm(s) started from RANDOM WEIGHTS: notebooks 04, 05 say why.")
     for study in studies[:1]:
         print(f"teacher {study.teacher}, seed {study.seed}, {evaluation.machine(study.device)}")
     print(f"{seconds / 60:.1f} minutes, {len(failures)} failure(s)")

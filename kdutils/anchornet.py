@@ -69,11 +69,11 @@ class AnchorHead(nn.Module):
         self.anchors.copy_(torch.from_numpy(centres))
 
     def forward(self, features):
-        belief = self.belief(features).float().softmax(1)
-        anchored = torch.einsum("bkhw,kc->bchw", belief, self.anchors)
-        offset = self.offset(features).float()
-        cells = torch.cat([anchored + 0.25 * offset[:, :3], offset[:, 3:]], 1)
-        return convex_upsampling(cells, self.mixture(features).float(), self.stride)
+        belief, offset, mixture = (part(features).float() for part in (self.belief, self.offset, self.mixture))
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has steps of a centimetre in a room
+            anchored = torch.einsum("bkhw,kc->bchw", belief.softmax(1), self.anchors)
+            cells = torch.cat([anchored + 0.25 * offset[:, :3], offset[:, 3:]], 1)
+            return convex_upsampling(cells, mixture, self.stride)
 
 
 class Residual(nn.Module):

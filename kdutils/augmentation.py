@@ -73,7 +73,7 @@ class Examples:
 
     def __getitem__(self, index):
         """The frames ``index`` (tensor or array), on the device."""
-        index = torch.as_tensor(index, device=self.images.device)
+        index = torch.as_tensor(index).to(self.images.device, non_blocking=True)
         chosen = (getattr(self, field.name)[index] for field in fields(self)[:-1])
         return Examples(*(tensor.to(self.device, non_blocking=True) for tensor in chosen), self.device)
 
@@ -98,7 +98,7 @@ class Examples:
                 to the sides (novel views); a quarter of the frames stays where it is.
         """
         height, width = self.size
-        draws = draws.to(self.device)
+        draws = draws.to(self.device, non_blocking=True)
         angle, scale, shifts = torch.deg2rad(rotation * draws[:, 0]), (zoom * draws[:, 1]).exp(), shift * draws[:, 2:4]
         cosine, sine, aspect = scale * angle.cos(), scale * angle.sin(), width / height
         rows = [torch.stack([cosine, -sine / aspect, shifts[:, 0]], -1),
@@ -132,15 +132,14 @@ class Examples:
         target = there
         for _ in range(FIXED_POINT_STEPS):
             there = target - _sampled(flow, there)
-        missed = (there + _sampled(flow, there) - target) * there.new_tensor(self.size[::-1])[:, None, None] / 2
+        missed = _scaled(there + _sampled(flow, there) - target, *self.size) / 2
         return there.permute(0, 2, 3, 1), missed.norm(dim=1, keepdim=True) < MOST_MISSED
 
     def _seen_through(self, grid, images):
-        height, width = self.size
         # Nearest: a mean of two depths across an edge would lie on neither surface.
         labels = torch.stack([self.depth.float(), self.mask.float(), self.confidence.float()], 1)
         depth, mask, confidence = F.grid_sample(labels, grid, mode="nearest", align_corners=False).split(1, 1)
-        pixels = (grid.permute(0, 3, 1, 2) + 1) / 2 * grid.new_tensor([width, height])[:, None, None]
+        pixels = _scaled((grid.permute(0, 3, 1, 2) + 1) / 2, *self.size)
         points = world_points(pixels, depth, self.intrinsics.float(), self.poses.float())
         return Batch(images, points, mask > 0.5, confidence, pixels, self.intrinsics.float(), self.poses.float())
 
@@ -168,19 +167,22 @@ def view_flow(depth, intrinsics, travel, rotation):
     """
     count, _, height, width = depth.shape
     whole = F.affine_grid(torch.eye(2, 3, device=depth.device).expand(count, 2, 3), depth.shape, align_corners=False)
-    place, size = whole.permute(0, 3, 1, 2), depth.new_tensor([width, height])[:, None, None]
+    place = whole.permute(0, 3, 1, 2)
     still = torch.eye(4, device=depth.device).expand(count, 4, 4)
-    points = world_points((place + 1) / 2 * size, depth, intrinsics, still) - travel[:, :, None, None]
+    points = world_points(_scaled((place + 1) / 2, height, width), depth, intrinsics, still) - travel[:, :, None, None]
     image = torch.einsum("bij,bjhw->bihw", intrinsics @ rotation, points)
-    return image[:, :2] / image[:, 2:].clamp(min=NEAREST) / size * 2 - 1 - place
+    return _scaled(image[:, :2] / image[:, 2:].clamp(min=NEAREST), 1 / height, 1 / width) * 2 - 1 - place
 
 
 def turn(look):
     """Rotations ``(B, 3, 3)`` by ``look (B, 2)`` degrees about the image's vertical and horizontal axes."""
     about_y, about_x = torch.deg2rad(look).unbind(-1)
-    zero = torch.zeros_like(about_x)
+    zero, angle = torch.zeros_like(about_x), torch.deg2rad(look).norm(dim=-1)[:, None, None]
     generator = torch.stack([zero, zero, about_y, zero, zero, -about_x, -about_y, about_x, zero], -1)
-    return torch.matrix_exp(generator.unflatten(-1, (3, 3)))
+    generator = generator.unflatten(-1, (3, 3))
+    # Rodrigues' formula: torch's matrix_exp would wait for the device.
+    first, second = torch.sinc(angle / torch.pi), torch.sinc(angle / (2 * torch.pi)) ** 2 / 2
+    return torch.eye(3, device=look.device) + first * generator + second * generator @ generator
 
 
 def filled(depth, known, levels=6):
@@ -197,6 +199,11 @@ def filled(depth, known, levels=6):
         coarse = F.interpolate(depth, fine.shape[-2:], mode="bilinear", align_corners=False)
         depth = torch.where(known > 0, fine, coarse)
     return depth
+
+
+def _scaled(places, height, width):
+    """Places ``(B, 2, H, W)``, x before y, with each axis multiplied by a number of its own."""
+    return torch.stack([places[:, 0] * width, places[:, 1] * height], 1)
 
 
 def _sampled(flow, there):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdutils import dust3r, endless, pretraining, shipped, students
+from kdutils import compact, dust3r, endless, pretraining, shipped, students
 from kdutils.augmentation import DRAWS, Examples
 from kdutils.settings import BACKBONE_PLANS, MILD, OWN_ARMS, PAPER_ARMS
 
@@ -30,12 +30,15 @@ CELL = 4  # pixels: heads say one point for so many squared
 VIEWS = endless.VIEWS  # of a room in a step: all there are, for a student's head is made from hundreds
 SUPPORT = 36  # of them make the head, the others measure it
 RIDGE = -3.0  # logarithm of the weight of a head's size, to begin with
-TEACHER_CHANNELS = 192  # of the compact DUSt3R's tokens
+TEACHER_CHANNELS = compact.CONFIG["enc_embed_dim"]
 HELD_OUT_ROOMS = 12
 
 
 class Learner(nn.Module):
-    """A student's backbone (see ``students``), and what it learns by: ``distances`` and ``unlikeness``."""
+    """A student's backbone (see ``students``), and what it learns by: ``distances`` and ``unlikeness``.
+
+    Both take the features as they are, for so does a student's head.
+    """
 
     def __init__(self, name, size=SIZE, seed=0):
         super().__init__()
@@ -64,8 +67,8 @@ class Learner(nn.Module):
             Distances in metres ``(R, (V - SUPPORT) * patches, (stride / CELL)²)``, one for each cell of each patch.
         """
         rooms_and_views = points.shape[:2]
-        cells = F.layer_norm(features.permute(0, 2, 3, 1), (features.shape[1],))
-        cells = F.pad(cells, (0, 1), value=1.0).unflatten(0, rooms_and_views).flatten(2, 3)  # (R, V, cells, C + 1)
+        cells = F.pad(features.permute(0, 2, 3, 1), (0, 1), value=1.0)
+        cells = cells.unflatten(0, rooms_and_views).flatten(2, 3)  # (R, V, cells, C + 1)
         points = students.padded(points.flatten(0, 1), self.backbone.multiple)
         middle = points[..., CELL // 2 :: CELL, CELL // 2 :: CELL]
         truth = F.pixel_unshuffle(middle, self.fold).permute(0, 2, 3, 1).unflatten(0, rooms_and_views).flatten(2, 3)
@@ -78,7 +81,8 @@ class Learner(nn.Module):
         squares = cells.mT @ cells / cells.shape[1]
         held_back = self.ridge.exp() * torch.eye(squares.shape[-1], device=squares.device)
         held_back[-1, -1] = 0  # the mean point is free
-        return torch.linalg.solve(squares + held_back, cells.mT @ truth / cells.shape[1])
+        solved, _ = torch.linalg.solve_ex(squares + held_back, cells.mT @ truth / cells.shape[1])  # does not wait
+        return solved
 
     def unlikeness(self, features, tokens):
         """Mean squared difference of the teacher's features to what a linear regressor makes of these (FitNets' hint).
@@ -102,7 +106,7 @@ def teacher_features(teacher, images, bfloat16=False):
 def drawn(rooms, count, generator, augmented=True):
     """Images and points ``(count, VIEWS, 3, H, W)`` of so many of the rooms, each in its views in random order."""
     chosen = [rooms[k] for k in torch.randperm(len(rooms), generator=generator)[:count].tolist()]
-    views = [torch.randperm(len(room.images), generator=generator)[:VIEWS] for room in chosen]
+    views = [torch.randperm(len(room.images), generator=generator)[:VIEWS].to(room.images.device) for room in chosen]
     images, depth, poses = (torch.cat([getattr(room, field)[few] for room, few in zip(chosen, views)])
                             for field in ("images", "depth", "poses"))  # fmt: skip
     intrinsics = torch.cat([room.intrinsics.expand(VIEWS, 3, 3) for room in chosen])
@@ -124,13 +128,14 @@ def figures_of(learner, teacher, rooms):
     return {"median": float(torch.cat(distances).median()), "unlikeness": float(torch.stack(unlikeness).mean())}
 
 
-def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progress=None):
+def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progress=None, from_shipped=False):
     """Pretrain one backbone, or go on where a killed run was.
 
     Args:
         name: one of ``NAMES``. plan: ``settings.BackbonePretraining``; its batch is in rooms.
         folder: of the run's state. rooms_folder: keeps rendered rooms, see ``endless``.
         progress: callable(done, total, text).
+        from_shipped: start from the shipped weights, whose makings the settings then tell, with a new optimiser.
 
     Returns:
         The trained ``Learner``, the log, and the settings that made it.
@@ -140,13 +145,17 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
         plan = replace(plan, bfloat16=tuple(kind for kind in plan.bfloat16 if kind != "cpu"))
     settings = {"backbone": name, "size": list(size), "views": VIEWS, "support": SUPPORT,
                 "vit_blocks": VIT_BLOCKS if name.startswith("vit") else None}  # fmt: skip
-    learner = Learner(name, size, plan.seed).to(device, memory_format=torch.channels_last)
+    learner = Learner(name, size, plan.seed)
+    if from_shipped:
+        learner.backbone.load_state_dict(shipped.tensors(name))
+        settings["started_from"] = {key: shipped.card(name)[key] for key in ("sha256", "settings", "seconds", "log")}
+    learner.to(device, memory_format=torch.channels_last)
     teacher = dust3r.load_checkpoint(shipped.locate(shipped.TEACHER).parent, device)
     held_out = list(endless.rooms_of(range(min(HELD_OUT_ROOMS, plan.rooms)), size, device, rooms_folder, True))
     run = pretraining.Run(folder, settings, learner, plan, progress)
     pool = endless.RoomPool(plan.rooms, size, device, rooms_folder, run.step // plan.steps_a_room)
     pool.advance(pool.turn, progress)
-    if run.step == 0 and name.startswith("vit"):
+    if run.step == 0 and name.startswith("vit") and not from_shipped:
         few = torch.cat([room.images[::8] for room in pool.rooms[:64]]).permute(0, 3, 1, 2) / 255
         pretraining.whiten(learner.backbone.body.patch_embed.proj, students.padded(few, learner.backbone.multiple))
 
@@ -168,22 +177,30 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m kdutils.backbones", description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; by default all")
     parser.add_argument("--distillation", type=float, default=1.0, help="weight of the compact DUSt3R's features")
+    parser.add_argument("--from-shipped", action="store_true", help="go on from the weights that come with the study")
     options = pretraining.options(parser, BACKBONE_PLANS, argv)
     plan = replace(options.plan, distillation=options.distillation)
     unknown = set(options.names) - set(NAMES)
     if unknown:
         parser.error(f"no such backbone: {', '.join(sorted(unknown))}; use {', '.join(NAMES)}")
     for name in options.names or NAMES:
-        learner, log, settings = train(name, plan, pretraining.folder_of(name, options), options.device,
-                                       rooms_folder=options.rooms, progress=pretraining.Log())  # fmt: skip
+        learner, log, settings = train(name, plan, pretraining.folder_of(name, options), options.device, SIZE,
+                                       options.rooms, pretraining.Log(), options.from_shipped)  # fmt: skip
         pretraining.finish(name, learner.backbone, log, settings, options, trained_on(settings))
 
 
 def trained_on(settings):
     """What a backbone with these settings learned from, for its card."""
-    is_distilled = any(plan["distillation"] for plan in (*settings.get("earlier_plans", ()), settings["plan"]))
     rendered = "views of rendered kitchens and offices, each room with a head of its own"
+    is_distilled = any(plan["distillation"] for run in runs_of({"settings": settings})
+                       for plan in (*run["settings"].get("earlier_plans", ()), run["settings"]["plan"]))  # fmt: skip
     return rendered + (", and what the compact DUSt3R sees in them" if is_distilled else "")
+
+
+def runs_of(card):
+    """The runs that made a backbone, the first one first: its card, after those of the weights that it started from."""
+    before = card["settings"].get("started_from")
+    return [*(runs_of(before) if before else ()), card]
 
 
 if __name__ == "__main__":

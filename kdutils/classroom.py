@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import nullcontext
+from functools import cached_property
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -58,7 +59,7 @@ class Classroom:
             "weights_note": manifest["settings"]["weights"],
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
-            "mean_point": self.mean_point(test),
+            "mean_point": self.baseline,
             "localisation": {name: located[name] for name in localisation.FIGURES},
             "size": evaluation.size_of(student),
             "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
@@ -72,8 +73,16 @@ class Classroom:
 
     def mean_point(self, frames):
         """Errors in some frames of the mean labelled training point, said for every pixel."""
-        train_points = self.labels.points[self.train][self.labels.valid[self.train]]
-        return evaluation.mean_point_errors(train_points, self.labels.points[frames], self.labels.valid[frames])
+        return evaluation.mean_point_errors(self._mean_point, self.labels.points[frames], self.labels.valid[frames])
+
+    @cached_property
+    def baseline(self):
+        """``mean_point`` of the test frames, which every student must beat."""
+        return self.mean_point(self.test)
+
+    @cached_property
+    def _mean_point(self):
+        return self.labels.points[self.train][self.labels.valid[self.train]].mean(0, keepdims=True)
 
     def localise(self, points, masks=None, log_scales=None):
         """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
@@ -96,6 +105,8 @@ class Classroom:
 def side_by_side(classroom, arm, chosen, low, high):
     """Four rows of pictures for some test frames: image, teacher's and student's scene coordinates, error in metres.
 
+    The teacher has no label where it was not sure, which stays white; a student says a point for every pixel.
+
     Args:
         classroom, arm: a scene, and one of its trained arms. chosen: places among the test frames.
         low, high: world points ``(3,)`` that become black and white, see ``figures.scene_coordinates``.
@@ -104,7 +115,7 @@ def side_by_side(classroom, arm, chosen, low, high):
     taught, said = classroom.labels.points[test], classroom.predictions(arm)[chosen]
     valid = classroom.labels.valid[test]
     error = np.where(valid, np.linalg.norm(said - taught, axis=-1), np.nan)
-    coordinates = [figures.scene_coordinates(points, low, high, valid) for points in (taught, said)]
+    coordinates = figures.scene_coordinates(taught, low, high, valid), figures.scene_coordinates(said, low, high)
     return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
 
 

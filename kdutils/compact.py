@@ -107,7 +107,7 @@ class Pairs:
         poses, depths = of_both("poses"), of_both("depth")
         self.poses = [torch.cat(poses), torch.cat(poses[::-1])]
         own = camera_points(torch.cat(depths).float(), self.intrinsics)
-        motion = torch.linalg.inv(self.poses[0]) @ self.poses[1]
+        motion = inverse(self.poses[0]) @ self.poses[1]
         self.truth = [own, moved(motion, own.roll(len(rooms), 0))]
 
     @classmethod
@@ -131,7 +131,7 @@ class Pairs:
         Patches are numbered row by row; -1 where the other view does not show the place.
         """
         half, (height, width) = dust3r.PATCH // 2, self.truth[0].shape[1:3]
-        to_other = torch.linalg.inv(self.poses[1 - view]) @ self.poses[0]
+        to_other = inverse(self.poses[1 - view]) @ self.poses[0]
         places = moved(to_other, self.truth[view][:, half :: dust3r.PATCH, half :: dust3r.PATCH].flatten(1, 2))
         depth = places[..., 2]
         u, v, _ = torch.einsum("bij,bnj->ibn", self.intrinsics, places / depth.clamp(min=0.1)[..., None]).unbind(0)
@@ -143,10 +143,14 @@ class Pairs:
         return torch.where(visible, v // dust3r.PATCH * (width // dust3r.PATCH) + u // dust3r.PATCH, -1)
 
 
+def inverse(matrices):
+    return torch.linalg.inv_ex(matrices)[0]  # _ex: does not wait for the device
+
+
 def camera_points(depth, intrinsics):
     """Depth ``(B, H, W)`` along z to points ``(B, H, W, 3)`` in the camera's frame."""
     v, u = torch.meshgrid(*(torch.arange(n, device=depth.device) + 0.5 for n in depth.shape[1:]), indexing="ij")
-    rays = torch.einsum("bij,hwj->bhwi", torch.linalg.inv(intrinsics), torch.stack([u, v, torch.ones_like(u)], -1))
+    rays = torch.einsum("bij,hwj->bhwi", inverse(intrinsics), torch.stack([u, v, torch.ones_like(u)], -1))
     return rays * depth[..., None]
 
 

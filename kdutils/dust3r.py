@@ -63,11 +63,11 @@ def rope_tables(size, channels, device):
 
 def rotate(x, tables):
     """Apply ``rope_tables`` to queries or keys ``(B, heads, N, channels)``."""
-    cos, sin = tables
+    cos, sin = (table.to(x.dtype) for table in tables)  # or a half-precision x would be worked on in single precision
     halves = x.unflatten(-1, cos.shape[1:])
     first, second = halves.chunk(2, dim=-1)
     turned = halves * cos + torch.cat([-second, first], dim=-1) * sin
-    return turned.flatten(-2).to(x.dtype)
+    return turned.flatten(-2)
 
 
 def split_heads(x, heads):

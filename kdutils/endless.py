@@ -4,6 +4,7 @@ Room number n is a kitchen or an office by turns. Its seed lies in a range that 
 rooms that a person asks for by a small number come near, and the rooms held out for validation have a range apart.
 """
 
+import os
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -46,7 +47,7 @@ def kind_and_seed(number, held_out=False):
 
 @torch.no_grad()
 def render_room(number, size, device="cpu", held_out=False):
-    """The ``RoomViews`` of room ``number`` in images of ``size`` (height, width), on the device."""
+    """The ``RoomViews`` of room ``number`` in images of ``size`` (height, width), rendered on the device."""
     kind, seed = kind_and_seed(number, held_out)
     room = rooms.build_room(kind, seed, device, workers=0)
     paths = [rooms.camera_path(room, WALK, sequence, seed) for sequence in SEQUENCES]
@@ -82,8 +83,8 @@ class RoomPool:
     Args:
         count: rooms that are there together.
         size: (height, width) of the images in pixels.
-        device: where they are rendered, and stay.
-        folder: keeps rendered rooms, for machines that render slowly; without it nothing is written.
+        device: where they are.
+        folder: keeps rendered rooms for other runs; without it nothing is written.
         turn: where to begin.
     """
 
@@ -103,12 +104,14 @@ class RoomPool:
 
 
 def rooms_of(numbers, size, device="cpu", folder=None, held_out=False):
-    """Yields the ``RoomViews`` of these rooms in order; on a CPU a process of its own renders them."""
-    room = partial(room_views, size=tuple(size), device=device, folder=folder, held_out=held_out)
-    if torch.device(device).type != "cpu":
-        return map(room, numbers)
-    arrays = caster.parallel_map(partial(_arrays_of, room), numbers, 1)
-    return (RoomViews(*map(torch.from_numpy, fields)) for fields in arrays)
+    """Yields the ``RoomViews`` of these rooms on the device, in order; processes of their own render them on the CPU.
+
+    A room is some 300,000 small operations, which would keep a GPU both waiting and from learning.
+    """
+    room = partial(room_views, size=tuple(size), folder=folder, held_out=held_out)
+    workers = 1 if torch.device(device).type == "cpu" else max(1, (os.cpu_count() or 1) - 1)
+    arrays = caster.parallel_map(partial(_arrays_of, room), numbers, workers)
+    return (RoomViews(*map(torch.from_numpy, fields)).to(device) for fields in arrays)
 
 
 def _arrays_of(room, number):
@@ -116,14 +119,14 @@ def _arrays_of(room, number):
     return [tensor.numpy() for tensor in vars(room(number)).values()]
 
 
-def room_views(number, size, device="cpu", folder=None, held_out=False):
+def room_views(number, size, folder=None, held_out=False):
     """``render_room``, or what an earlier call kept in ``folder``."""
     if folder is None:
-        return render_room(number, size, device, held_out)
+        return render_room(number, size, held_out=held_out)
     kind, seed = kind_and_seed(number, held_out)
     path = Path(folder) / f"{kind}-{seed}-{size[0]}x{size[1]}-v{rooms.VERSION}.safetensors"
     if not path.exists():
-        rendered = render_room(number, size, device, held_out).to("cpu")
+        rendered = render_room(number, size, held_out=held_out)
         artefacts.write_tensors(path, {name: tensor.numpy() for name, tensor in vars(rendered).items()})
     kept = artefacts.read_tensors(path)
-    return RoomViews(**{name: torch.from_numpy(np.array(array)) for name, array in kept.items()}).to(device)
+    return RoomViews(**{name: torch.from_numpy(np.array(array)) for name, array in kept.items()})

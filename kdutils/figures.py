@@ -8,7 +8,9 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from kdutils import geometry
 from kdutils.settings import ARMS
@@ -18,6 +20,7 @@ _LEVELS = 6  # grey levels a channel of the colours that an interactive cloud us
 TEST, TRAIN = "#d1495b", "#30638e"
 BACKBONE_COLOURS = {"cnn": "#8a6d9b", "mobilenet": "#edae49", "vit": "#30638e", "anchornet": "#d1495b",
                     "original": "#66a182"}  # fmt: skip
+FILLINGS = {"unfrozen": "full", "frozen": "none", "scratch": "left"}
 
 
 def frame_grid(images, depths, titles, width=2.4):
@@ -33,12 +36,12 @@ def frame_grid(images, depths, titles, width=2.4):
     return _bare(figure, axes)
 
 
-def maps(rows, labels, value="", cmap="magma", width=2.4, most=np.inf):
+def maps(rows, labels, value="", cmap="magma", width=2.4, least=0, most=np.inf, titles=()):
     """Pictures in rows: RGB ``(H, W, 3)`` as they are, ``(H, W)`` in colour on one scale with a colour bar.
 
     Args:
         rows: lists of arrays, all of one length. labels: one for each row. value: what the colour bar measures.
-        most: the scale ends there at the latest.
+        least, most: the scale begins at the one, and ends at the other at the latest. titles: of the columns.
     """
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(width * len(rows[0]), 0.8 * width * len(rows)),
                                 layout="constrained", squeeze=False)  # fmt: skip
@@ -50,19 +53,25 @@ def maps(rows, labels, value="", cmap="magma", width=2.4, most=np.inf):
             if array.ndim == 3:
                 axis.imshow(array)
             else:
-                shown, last = axis.imshow(array, vmin=0, vmax=highest, cmap=cmap), line
+                shown, last = axis.imshow(array, vmin=least, vmax=highest, cmap=cmap), line
         line[0].set_ylabel(label)
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
     if shown is not None:
-        figure.colorbar(shown, ax=list(last), label=value, shrink=0.9)
+        figure.colorbar(shown, ax=list(last), label=value, shrink=0.9, extend="max")
     return _bare(figure, axes)
 
 
-def panels(arrays, titles, width=3.4):
-    """Pictures in one row, each ``(H, W)`` with a colour bar of its own."""
+def panels(arrays, titles, scales=None, width=3.4):
+    """Pictures in one row, each ``(H, W)`` with a colour bar of its own.
+
+    Args:
+        arrays, titles: of the pictures. scales: for each a dict of ``imshow``'s options, such as ``vmax``.
+    """
     figure, axes = plt.subplots(1, len(arrays), figsize=(width * len(arrays), 0.8 * width), layout="constrained",
                                 squeeze=False)  # fmt: skip
-    for axis, array, title in zip(axes[0], arrays, titles):
-        shown = axis.imshow(array, cmap="viridis" if array.ndim == 2 else None)
+    for axis, array, title, scale in zip(axes[0], arrays, titles, scales or [{}] * len(arrays)):
+        shown = axis.imshow(array, **scale)
         if array.ndim == 2:
             figure.colorbar(shown, ax=axis, shrink=0.8)
         axis.set_title(title, fontsize=9)
@@ -157,7 +166,7 @@ def training_curves(histories, baseline=None):
         steps, mse = zip(*((row["step"], row["validation_mse"]) for row in history))
         axis.plot(steps, mse, _line_style(name), color=_colour(name), alpha=_strength(name), label=name)
     if baseline is not None:
-        axis.axhline(baseline, color="black", lw=0.8, ls=":", label="mean point")
+        axis.axhline(baseline, color="black", lw=0.8, label="mean point")
     axis.set(xlabel="step", ylabel="validation MSE in m² per coordinate", yscale="log")
     axis.legend(frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
@@ -191,7 +200,7 @@ def matches(image1, image2, patches1, patches2, patch):
 
 
 def results(rows, baseline=None, paper=None):
-    """Test MSE of every arm as bars; hatched where pretrained weights could not be had.
+    """Test MSE of every arm on a logarithmic axis; a cross where pretrained weights could not be had.
 
     Args:
         rows: see ``evaluation.collect``. baseline: MSE of the mean point. paper: the paper's MSE on such rooms.
@@ -199,9 +208,11 @@ def results(rows, baseline=None, paper=None):
     rows = sorted(rows, key=lambda row: row["mse"])
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")
     for place, row in enumerate(rows):
-        axis.barh(place, row["mse"], color=_colour(row["arm"]), alpha=_strength(row["arm"]),
-                  hatch="///" if row["unpretrained"] else None, edgecolor="white")  # fmt: skip
-        axis.text(row["mse"] * 1.05, place, f"{row['mse']:.4f}", va="center", fontsize=8)
+        axis.plot(row["mse"], place, **(_look(row["arm"]) | ({"marker": "X"} if row["unpretrained"] else {})))
+        axis.annotate(f"{row['mse']:.4f}", (row["mse"], place), (8, 0), textcoords="offset points", va="center",
+                      fontsize=8, bbox={"color": "white", "pad": 0.5})  # fmt: skip
+    axis.grid(axis="y", color="#e3e6ea", lw=0.8)
+    axis.set_axisbelow(True)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
     for value, name, style in ((baseline, "mean point", ":"), (paper, "paper's ViT", "--")):
         if value:
@@ -209,8 +220,8 @@ def results(rows, baseline=None, paper=None):
     axis.set(xlabel="test MSE in m² per coordinate, against the teacher", xscale="log")
     lowest = min([row["mse"] for row in rows] + [value for value in (baseline, paper) if value])
     axis.set_xlim(lowest / 2, axis.get_xlim()[1] * 1.6)
-    if baseline or paper:
-        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axis.legend(handles=[*axis.get_legend_handles_labels()[0], *_legend(rows)], frameon=False, fontsize=8,
+                loc="upper left", bbox_to_anchor=(1.01, 1))  # fmt: skip
     return figure
 
 
@@ -219,31 +230,39 @@ def cost_against_error(rows):
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", sharey=True)
     markers = {scene: mark for scene, mark in zip(sorted({row["scene"] for row in rows}), "osD^vP*")}
     for row in rows:
+        look = _look(row["arm"]) | {"marker": markers.get(row["scene"], "o")}
         for axis, cost in zip(axes, ("megabytes", "latency_ms")):
-            axis.plot(row[cost], 100 * row["depth_median"], markers.get(row["scene"], "o"),
-                      color=_colour(row["arm"]), alpha=_strength(row["arm"]))  # fmt: skip
-    for scene, mark in markers.items():
-        axes[1].plot([], [], mark, color="black", label=scene)
-    colours = [Patch(color=BACKBONE_COLOURS[backbone], label=backbone)
-               for backbone in dict.fromkeys(_backbone(row["arm"]) for row in rows)]  # fmt: skip
+            axis.plot(row[cost], 100 * row["depth_median"], **look)
     axes[0].set(xlabel="size in MB at 32 bits", ylabel="median error to depth in cm", xscale="log", yscale="log")
     axes[1].set(xlabel="latency in ms for one image", xscale="log")
-    axes[1].legend(handles=[*axes[1].get_legend_handles_labels()[0], *colours], frameon=False, fontsize=8,
-                   bbox_to_anchor=(1.01, 1), loc="upper left")  # fmt: skip
+    for scale in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):
+        plain_ticks(scale)
+    scenes = [Line2D([], [], color="black", marker=mark, ls="", label=scene) for scene, mark in markers.items()]
+    axes[1].legend(handles=[*scenes, *_legend(rows)], frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1),
+                   loc="upper left")  # fmt: skip
     return figure
 
 
+def plain_ticks(axis):
+    """Ticks of a logarithmic axis as plain numbers: 2, 5, 10, 20 instead of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def ablations(groups):
-    """Bars of test MSE, one panel a group; ``groups`` maps a title to a mapping of settings to MSE in m²."""
+    """Test MSE on a logarithmic axis, one panel a group; ``groups`` maps a title to settings and their MSE in m²."""
     counts = [len(group) for group in groups.values()]
     figure, axes = plt.subplots(len(groups), 1, figsize=(7.5, 0.27 * sum(counts) + 0.45 * len(groups) + 0.6),
                                 layout="constrained", squeeze=False, sharex=True, height_ratios=counts)  # fmt: skip
     for axis, (title, group) in zip(axes[:, 0], groups.items()):
-        bars = axis.barh(list(group), list(group.values()), color=TRAIN, height=0.7)
-        axis.bar_label(bars, fmt="%.3f", fontsize=8, padding=3)
+        axis.plot(list(group.values()), list(group), "o", color=TRAIN)
+        for setting, mse in group.items():
+            axis.annotate(f"{mse:.3f}", (mse, setting), (8, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_title(title, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
-        axis.invert_yaxis()
+        axis.grid(axis="y", color="#e3e6ea", lw=0.8)
+        axis.set_ylim(len(group) - 0.4, -0.6)
     axes[-1, 0].set(xlabel="test MSE in m² per coordinate", xscale="log")
     axes[-1, 0].margins(x=0.15)
     return figure
@@ -302,7 +321,7 @@ def cloud_still(points, colours, poses, title="", most=60_000, unit="m"):
         hidden = next(k for k in range(3) if k not in (a, b))
         order = np.argsort(points[:, hidden] * (up[hidden] or 1))  # what is highest is drawn last
         axis.scatter(points[order, a], points[order, b], s=0.6, c=colours[order] / 255, linewidths=0, rasterized=True)
-        axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=2, color=TEST)
+        axis.plot(poses[:, a, 3], poses[:, b, 3], ".", ms=2 if len(poses) > 2 else 14, color=TEST)
         axis.set(xlabel=f"{'xyz'[a]} in {unit}", ylabel=f"{'xyz'[b]} in {unit}", aspect="equal")
     _upright(axes[1], up)
     figure.suptitle(title)
@@ -393,6 +412,21 @@ def _colour(arm):
 
 def _strength(arm):
     return {"vit32": 0.6, "vit64": 0.3}.get(arm.split("-")[0], 1.0)
+
+
+def _look(arm):
+    """An arm's marker: its colour tells the backbone, its filling the start."""
+    look = {"color": _colour(arm), "alpha": _strength(arm), "marker": "o", "ls": "", "markersize": 7}
+    return look | {"fillstyle": FILLINGS[ARMS[arm].start], "markerfacecoloralt": "white"}
+
+
+def _legend(rows):
+    """What colours and fillings stand for."""
+    kinds = {row["arm"].split("-")[0]: row["arm"] for row in rows}
+    colours = [Patch(color=_colour(arm), alpha=_strength(arm), label=kind) for kind, arm in kinds.items()]
+    starts = {ARMS[row["arm"]].start for row in rows}
+    return [*colours, *(Line2D([], [], color="black", marker="o", ls="", fillstyle=filling, markerfacecoloralt="white",
+                               label=start) for start, filling in FILLINGS.items() if start in starts)]  # fmt: skip
 
 
 def _line_style(arm):

@@ -73,11 +73,25 @@ class DUSt3RTeacher:
         size = next(iter(sizes), (0, 0))
         points_i, points_j = (np.empty((len(pairs), *size, 3), np.float16) for _ in range(2))
         confidence_i, confidence_j = (np.empty((len(pairs), *size), np.float16) for _ in range(2))
-        for which, answer in self.predictions(pairs):
-            halves = {name: value.clamp(-LARGEST_HALF, LARGEST_HALF).half().cpu() for name, value in answer.items()}
+        for which, halves in self._one_behind(pairs):
             points_i[which], confidence_i[which] = halves["pts3d_1"], halves["conf_1"]
             points_j[which], confidence_j[which] = halves["pts3d_2_in_view1"], halves["conf_2"]
         return PairPointmaps(pairs, points_i, points_j, confidence_i, confidence_j)
+
+    def _one_behind(self, pairs):
+        """``predictions`` in half precision on the host; a GPU has the next batch to work on while one is taken."""
+        waiting = None
+        for which, answer in self.predictions(pairs):
+            halves = {name: value.clamp(-LARGEST_HALF, LARGEST_HALF).half().to("cpu", non_blocking=True)
+                      for name, value in answer.items()}  # fmt: skip
+            copied = torch.cuda.Event() if self.device.type == "cuda" else None
+            if copied:
+                copied.record()
+            if waiting:
+                yield _arrived(*waiting)
+            waiting = which, halves, copied
+        if waiting:
+            yield _arrived(*waiting)
 
     def predictions(self, pairs):
         """Decode pairs ``(P, 2)`` batch by batch; pairs of a batch are alike in both images' sizes.
@@ -133,6 +147,12 @@ class DUSt3RTeacher:
     def _finest_of(self, image_and_view):
         image, view = image_and_view
         return self.model.finest(self._tokens[image][None], self.images[image].shape[:2], view)
+
+
+def _arrived(which, halves, copied):
+    if copied:
+        copied.synchronize()
+    return which, halves
 
 
 def fitting_batch(device, size):

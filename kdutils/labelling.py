@@ -119,9 +119,11 @@ def write_shard(path, pointmaps):
 
 
 def _halved(array):
+    if array.dtype.kind != "f" or array.dtype == np.float16:  # numpy clips halves slowly: slower than a GPU makes them
+        return array
     # Far beyond any room, but infinity would make a pixel's neighbours useless as well wherever a mean is taken.
     largest = np.finfo(np.float16).max
-    return np.clip(array, -largest, largest).astype(np.float16) if array.dtype.kind == "f" else array
+    return np.clip(array, -largest, largest).astype(np.float16)
 
 
 def read_shard(path, some=slice(None)):

@@ -4,6 +4,7 @@ Written from a description of that code: full resolution throughout, or one pixe
 augmentation, a constant rate. Activations between the layers are taken to be ReLU.
 """
 
+import torch
 from torch import nn
 
 
@@ -32,7 +33,9 @@ class OriginalCNNHead(nn.Module):
         self.points = nn.Conv2d(channels, 3, 1)
 
     def forward(self, features):
-        return self.points(features)
+        # The points themselves in single precision, as in the study's own heads.
+        with torch.autocast(features.device.type, enabled=False):
+            return self.points(features.float())
 
 
 class OriginalMobileNetHead(nn.Module):
@@ -47,4 +50,5 @@ class OriginalMobileNetHead(nn.Module):
         )  # fmt: skip
 
     def forward(self, features):
-        return self.layers(features)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.layers(features.float())

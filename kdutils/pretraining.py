@@ -35,7 +35,7 @@ class Run:
     def __init__(self, folder, settings, model, plan, progress=None):
         lasting = {name: value for name, value in asdict(plan).items() if name not in OF_A_STAGE}
         self.state_path = Path(folder) / "training.pt"
-        self.digest = artefacts.digest({**settings, "plan": lasting, "format": 2})
+        self.digest = artefacts.digest({**settings, "plan": lasting, "format": 3})
         self.depends_on, self.model, self.plan = settings, model, plan
         self.progress = progress or (lambda *_: None)
         learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -187,14 +187,13 @@ def options(parser, plans, argv):
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "data" / "pretraining", help="of state and weights")
-    parser.add_argument("--rooms", type=Path, help="a folder that keeps rendered rooms; a CPU's run has one of its own")
+    parser.add_argument("--rooms", type=Path, help="a folder that keeps rendered rooms; by default one in the run's")
     parser.add_argument("--ship", action="store_true", help="put the weights into data/weights, where the study looks")
     chosen = parser.parse_args(argv)
     chosen.device = pick_device(chosen.device)
     name = chosen.plan or ("cuda" if chosen.device.type == "cuda" else "cpu")
     chosen.plan = replace(plans[name], seed=chosen.seed, seconds=chosen.seconds or plans[name].seconds)
-    if chosen.rooms is None and chosen.device.type != "cuda":
-        chosen.rooms = chosen.folder / "rooms"
+    chosen.rooms = chosen.rooms or chosen.folder / "rooms"
     return chosen
 
 

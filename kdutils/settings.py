@@ -186,7 +186,7 @@ PRESETS = {
     ),
     "sample": _SAMPLE,
     "hour": replace(
-        _SAMPLE, scenes=("kitchen",), size=(120, 160), most_train=400, seconds=150, steps=100_000, batch=16,
+        _SAMPLE, scenes=("kitchen",), size=(60, 80), most_train=400, seconds=240, steps=100_000, batch=32,
         teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
         first_scene_arms=("cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS),
@@ -218,6 +218,8 @@ class Study:
         if self.asked_teacher not in TEACHERS:
             raise ValueError(f"unknown teacher {teacher!r}: use one of auto, {', '.join(TEACHERS)}")
         self.device = pick_device(device)
+        if self.preset.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         self.data = Path(os.environ.get("KDUTILS_DATA", REPOSITORY / "data")).resolve()
         self.workspace = self.data if preset == "sample" else self.data / preset
         self.given, self.scene = scene, scene_name(scene, self.data / "scenes")

@@ -99,7 +99,10 @@ def settle_teacher(study, checkpoint="auto"):
             artefacts.write_json(study.substitution, {"teacher": study.preset.other_teacher, "reason": str(error)})
             return f"TEACHER {study.teacher} INSTEAD OF dust3r: {error}"
     artefacts.discard(study.substitution)
-    return f"teacher {study.teacher}"
+    is_rendered = study.scene.partition("-")[0] in rooms.KINDS
+    if study.teacher != "compact" or is_rendered:
+        return f"teacher {study.teacher}"
+    return "teacher compact, which has seen rendered rooms only: in a real scene trust the teachers depth and dust3r"
 
 
 def label(study, teacher):

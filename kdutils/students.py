@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
+from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from kdutils import anchornet, original, shipped
+from kdutils import anchornet, artefacts, losses, original, shipped
+from kdutils.settings import Arm
 
 # timm's names; the hub's repository is the same under "timm/".
 TIMM_MODELS = {
@@ -118,10 +120,12 @@ class PixelShuffleHead(nn.Module):
         self.refine = nn.Conv2d(outputs, outputs, 3)
 
     def forward(self, features):
-        patches = self.points(self.mix(features).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        points = F.pixel_shuffle(patches, self.shuffle)
-        points = F.interpolate(points, scale_factor=self.coarse, mode="bilinear", align_corners=False)
-        return points + self.refine(anchornet.bordered(points))
+        mixed = self.mix(features).float()
+        with torch.autocast(features.device.type, enabled=False):  # bfloat16 has steps of a centimetre in a room
+            patches = self.points(mixed.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            points = F.pixel_shuffle(patches, self.shuffle)
+            points = F.interpolate(points, scale_factor=self.coarse, mode="bilinear", align_corners=False)
+            return points + self.refine(anchornet.bordered(points))
 
 
 class VanillaCNN(nn.Module):
@@ -228,6 +232,19 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
     return student, found
 
 
+def load(folder):
+    """A trained student from its run's folder, as ``training.run_arm`` left it there; on the CPU, ready to predict.
+
+    Raises:
+        ArtefactError: there is none, or it is damaged.
+    """
+    made = artefacts.read_json(Path(folder) / "student.json")["settings"]
+    uncertainty = losses.needs_uncertainty(made["plan"]["recipe"]["loss"])
+    student, _ = build(Arm(**made["arm"]), made["size"], "random", made["vit_blocks"], uncertainty)
+    student.load_state_dict(load_file(Path(folder) / "student.safetensors"))
+    return student.eval()
+
+
 BACKBONES = {
     "cnn": lambda arm, size, blocks: VanillaCNN(),
     "mobilenet": lambda arm, size, blocks: MobileNet(),
@@ -279,8 +296,7 @@ def backbone_name(arm):
 def _from_the_study(name, vit_blocks):
     blocks = shipped.card(name)["settings"].get("vit_blocks")
     if blocks not in (None, vit_blocks):
-        return Weights("random", f"RANDOM WEIGHTS: timm's were not to be had, and the study's own ViT has "
-                                 f"{blocks} blocks, not {vit_blocks}")  # fmt: skip
+        return Weights("random", f"RANDOM WEIGHTS: the study's own ViT has {blocks} blocks, not {vit_blocks}")
     return Weights("shipped", f"pretrained on rendered rooms, data/weights/{name}", str(shipped.locate(name)))
 
 

@@ -111,7 +111,7 @@ def labelled(model, frames, graph, folder):
     """Seconds a pair, and where the time goes; the disk works while the network does."""
     parts = {}
     teacher = inference.DUSt3RTeacher(frames, model, folder=folder)
-    teacher(graph[:1])  # warms up
+    teacher(graph[: 1 if teacher.device.type == "cpu" else 32])  # warms up, at a GPU's own batch
     teacher = inference.DUSt3RTeacher(frames, model, folder=folder)
     for name in ("encode", "decoder_layers", "finest", "pointmaps"):
         setattr(model, name, timed(getattr(model, name), parts, name, teacher.device))

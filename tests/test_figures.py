@@ -244,13 +244,15 @@ def row(arm, mse, unpretrained=False, scene="kitchen"):
 
 
 @pytest.mark.parametrize("bounds", [{}, {"baseline": 2.0}, {"baseline": 2.0, "paper": 0.0011}])
-def test_results_are_sorted_and_missing_pretraining_is_hatched(draw, bounds):
+def test_results_are_sorted_and_missing_pretraining_is_crossed(draw, bounds):
     rows = [row("vit16-frozen", 0.5, True), row("cnn-scratch", 0.1), row("mobilenet-scratch", 0.3)]
     axis = draw(figures.results(rows, **bounds)).axes[0]
-    assert [bar.get_width() for bar in axis.patches] == [0.1, 0.3, 0.5]
-    assert [bar.get_hatch() for bar in axis.patches] == [None, None, "///"]
+    students, lines = axis.lines[:3], axis.lines[3:]
+    assert [line.get_xdata()[0] for line in students] == [0.1, 0.3, 0.5]
+    assert [line.get_marker() for line in students] == ["o", "o", "X"]
+    assert [line.get_fillstyle() for line in students] == ["left", "left", "none"]
     assert [text.get_text() for text in axis.get_yticklabels()][-1] == "vit16-frozen (random weights)"
-    assert [line.get_xdata()[0] for line in axis.lines] == list(bounds.values())
+    assert [line.get_xdata()[0] for line in lines] == list(bounds.values())
 
 
 def test_cost_against_error(draw):
@@ -262,7 +264,7 @@ def test_cost_against_error(draw):
         colours = [to_rgb(line.get_color()) for line in axis.lines[:3]]
         assert colours == [to_rgb(figures.BACKBONE_COLOURS[name]) for name in ("vit", "cnn", "original")]
     named = {text.get_text() for text in latency.get_legend().get_texts()}
-    assert named == {"kitchen", "office", "vit", "cnn", "original"}
+    assert named == {"kitchen", "office", "vit16", "cnn", "original", "frozen", "scratch"}
 
 
 def test_every_arm_has_a_colour_and_a_line(draw):
@@ -276,7 +278,7 @@ def test_every_arm_has_a_colour_and_a_line(draw):
 def test_ablations_have_a_panel_each(draw):
     figure = draw(figures.ablations({"loss": {"mse": 0.2, "l1": 0.1}, "patch": {"16": 0.3, "32": 0.4, "64": 0.5}}))
     assert [axis.get_title("left") for axis in figure.axes] == ["loss", "patch"]
-    assert [[bar.get_width() for bar in axis.patches] for axis in figure.axes] == [[0.2, 0.1], [0.3, 0.4, 0.5]]
+    assert [axis.lines[0].get_xdata().tolist() for axis in figure.axes] == [[0.2, 0.1], [0.3, 0.4, 0.5]]
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["mse", "l1"]
 
 

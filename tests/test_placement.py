@@ -24,8 +24,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")
 
 @pytest.fixture
 def fake(monkeypatch):
-    """The fake tensors' mode, without what asks for a driver even so: the backward pass, and the memory's size."""
+    """The fake tensors' mode, without what asks for a driver even so: backward pass, autocast, the memory's size."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -72,6 +74,8 @@ def step_of(student, plan, examples, folder):
                                   "anchornet-laplace-mse-reprojection", "original-mobilenet"])  # fmt: skip
 def test_a_training_step_stays_on_the_device_wherever_the_frames_lie(name, lies, fake, tmp_path):
     student, plan = student_of(name)
+    with fake, training.half_precision(CUDA):
+        assert torch.mm(*torch.empty(2, 1, 1, device=CUDA)).dtype == torch.bfloat16  # or this would be single precision
     with fake:
         assert step_of(on_cuda(student), plan, examples_on(lies), tmp_path).device.type == "cuda"
 

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pytest
@@ -276,6 +275,19 @@ def test_distillation_makes_the_features_like_the_teachers_also_as_a_second_stag
     assert "compact DUSt3R" not in backbones.trained_on({"plan": plain, "earlier_plans": [plain]})
 
 
+def test_a_run_that_starts_from_shipped_weights_goes_on_with_them(tmp_path, rooms_folder):
+    plan = plan_of(BACKBONE_PLANS, learning_rate=1e-9)
+    learner, log, settings = backbones.train("vit32", plan, tmp_path, size=(96, 128), rooms_folder=rooms_folder,
+                                             from_shipped=True)  # fmt: skip
+    given = shipped.tensors("vit32")
+    assert all((tensor - given[name]).abs().max() < 1e-6 for name, tensor in learner.backbone.state_dict().items())
+    card = shipped.card("vit32")
+    earlier = [{key: run[key] for key in settings["started_from"]} for run in backbones.runs_of(card)]
+    assert settings["started_from"]["sha256"] == card["sha256"] and len(log) == 2
+    assert backbones.runs_of({"settings": settings}) == [*earlier, {"settings": settings}]
+    assert "compact DUSt3R" in backbones.trained_on({**settings, "plan": {"distillation": 0}})
+
+
 # Runs
 
 
@@ -366,10 +378,8 @@ def test_unknown_backbone_is_named():
     assert done.returncode == 2 and "no such backbone: resnet" in done.stderr and "vit16" in done.stderr
 
 
-def test_a_pool_on_a_gpu_would_render_there_without_end(monkeypatch):
-    asked = []
-    monkeypatch.setattr(endless, "room_views", lambda number, **options: asked.append((number, options)) or number)
-    pool = endless.RoomPool(3, SIZE, "cuda", turn=7)
-    pool.advance(9)
-    assert pool.rooms == [9, 10, 11] and [number for number, _ in asked] == [7, 8, 9, 10, 11]
-    assert {options["device"] for _, options in asked} == {"cuda"} and list(islice(pool.arriving, 1)) == [12]
+def test_rooms_come_to_the_device_in_order(rooms_folder, some_rooms):
+    pool = endless.RoomPool(2, SIZE, "meta", rooms_folder)
+    pool.advance(0)
+    assert [views.edges.shape for views in pool.rooms] == [views.edges.shape for views in some_rooms]
+    assert {tensor.device.type for views in pool.rooms for tensor in vars(views).values()} == {"meta"}

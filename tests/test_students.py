@@ -111,6 +111,21 @@ def test_half_precision_inside_gives_single_precision_points(arm):
     assert (rough.points - exact.points).abs().max() < 0.05  # metres; bfloat16 of 40 m would be off by 0.12
 
 
+@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch", "original-cnn"])
+def test_points_are_not_rounded_where_the_network_works_in_bfloat16(arm):
+    student = build(arm, SMALL)[0].eval()
+    for parameter in student.head.parameters():
+        parameter.data.fill_(1.2345 if parameter.ndim == 1 else 0)  # a point's coordinates are the last layer's bias
+    if arm.startswith("anchornet"):
+        student.head.anchors.fill_(1.2345)
+    with torch.inference_mode():
+        exact = student(images := torch.rand(1, 3, *SMALL)).points
+        with torch.autocast("cpu", torch.bfloat16):
+            half = student(images).points
+    assert (exact - exact.mean()).abs().max() < 1e-4 and abs(exact.mean()) > 1
+    torch.testing.assert_close(half, exact, atol=1e-4, rtol=0)  # bfloat16 has steps of 8e-3 there
+
+
 def test_a_vision_transformer_can_be_short(weights):
     student, _ = build("vit16-unfrozen", SMALL, weights, vit_blocks=4)
     given, own = load_file(weights / f"{students.TIMM_MODELS['vit']}.safetensors"), student.backbone.body.state_dict()

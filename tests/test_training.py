@@ -188,6 +188,18 @@ def test_a_student_learns_the_room(tmp_path, arm):
     assert manifest["images_per_second"] > 0 < manifest["seconds"]
 
 
+@pytest.mark.parametrize("arm", ["vit64-frozen", "anchornet-scratch", "anchornet-l1"])
+def test_a_trained_student_is_loaded_from_its_folder(tmp_path, arm):
+    student, _, examples = run(tmp_path, arm=arm, steps=2)
+    loaded = students.load(arm_folder(tmp_path, arm))
+    said, again = (training.predict(each, examples.images[:2]) for each in (student, loaded))
+    torch.testing.assert_close(again.points, said.points, atol=1e-5, rtol=0)
+    assert (again.log_scale is None) == (said.log_scale is None)
+    (arm_folder(tmp_path, arm) / "student.json").unlink()
+    with pytest.raises(artefacts.ArtefactError, match="student.json"):
+        students.load(arm_folder(tmp_path, arm))
+
+
 def test_student_is_placed_at_the_training_points(tmp_path):
     student, _, examples = run(tmp_path, steps=2)
     train, _ = training.split_validation(np.ones(24, int), 0.2)
