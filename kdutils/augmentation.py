@@ -176,8 +176,9 @@ def view_flow(depth, intrinsics, travel, rotation):
 
 def turn(look):
     """Rotations ``(B, 3, 3)`` by ``look (B, 2)`` degrees about the image's vertical and horizontal axes."""
-    about_y, about_x = torch.deg2rad(look).unbind(-1)
-    zero, angle = torch.zeros_like(about_x), torch.deg2rad(look).norm(dim=-1)[:, None, None]
+    radians = torch.deg2rad(look)
+    about_y, about_x = radians.unbind(-1)
+    zero, angle = torch.zeros_like(about_x), radians.norm(dim=-1)[:, None, None]
     generator = torch.stack([zero, zero, about_y, zero, zero, -about_x, -about_y, about_x, zero], -1)
     generator = generator.unflatten(-1, (3, 3))
     # Rodrigues' formula: torch's matrix_exp would wait for the device.

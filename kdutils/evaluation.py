@@ -41,9 +41,9 @@ def point_errors(predicted, truth, mask):
     """
     if not mask.any():
         raise ValueError("no pixel to evaluate: the mask is empty")
-    differences = (said - true for said, true in zip(predicted, truth))
+    differences = ((said - true).astype(np.float64) for said, true in zip(predicted, truth))
     squared = np.concatenate([np.einsum("hwc,hwc->hw", off, off)[there] for off, there in zip(differences, mask)])
-    mean, distance = float(np.mean(squared, dtype=np.float64)), np.sqrt(squared)
+    mean, distance = float(np.mean(squared)), np.sqrt(squared)
     median, p90 = np.percentile(distance, [50, 90])
     return {
         "mse": mean / 3,

@@ -54,7 +54,7 @@ def test_single_precision_does_not_blur_small_errors():
     truth = np.full((1, 500, 500, 3), 30, np.float32)
     predicted = truth + np.float32(0.001)
     found = evaluation.point_errors(predicted, truth, np.ones((1, 500, 500), bool))
-    assert found["mse"] == pytest.approx(float(predicted.flat[0] - truth.flat[0]) ** 2, rel=1e-6)
+    assert found["mse"] == pytest.approx(float(predicted.flat[0] - truth.flat[0]) ** 2, rel=1e-9)
 
 
 def test_empty_mask_is_an_error():
