@@ -1,27 +1,42 @@
 """Run the study's notebooks in order: ``python -m kdutils [SCENE ...]``.
 
 Every notebook is executed by papermill with the parameters given here, and its executed copy is kept. A notebook whose
-copy, inputs, outputs and code are unchanged is skipped, so a run that was killed goes on where it was.
+copy, inputs, outputs and code are unchanged is skipped, so a run that was killed goes on where it was. Notebooks that
+need nothing of one another run side by side on a CPU: two networks on a core each learn more than one on both.
 """
 
 import argparse
 import logging
+import os
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
 import papermill
+import psutil
+import torch
 from papermill.exceptions import PapermillExecutionError
+from tqdm import tqdm
 
 from kdutils import artefacts, evaluation, scenes, shipped, stages
 from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 SCENE_NOTEBOOKS = ("01_scenes", "02_dust3r_labels", "03_alignment", "04_cnn_students", "05_vit_students")
-SUMMARIES = {"06_results": "results.json", "07_compact_teacher": "compact_teacher.json"}  # of all scenes at once
+SUMMARIES = {"07_compact_teacher": "compact_teacher.json", "06_results": "results.json"}  # of all scenes at once
+NEEDS = {
+    "01_scenes": (),
+    "02_dust3r_labels": ("01_scenes",),
+    "03_alignment": ("02_dust3r_labels",),
+    "04_cnn_students": ("03_alignment",),
+    "05_vit_students": ("03_alignment",),
+    "06_results": ("04_cnn_students", "05_vit_students"),
+    "07_compact_teacher": ("01_scenes",),
+}
 
 
 class StageFailed(RuntimeError):
@@ -30,36 +45,68 @@ class StageFailed(RuntimeError):
 
 def main(argv=None):
     options = parse(argv)
+    options.checkpoint, options.weights = _path(options.checkpoint), _path(options.weights)
+    if "KDUTILS_DATA" in os.environ:  # kernels start elsewhere
+        os.environ["KDUTILS_DATA"] = str(Path(os.environ["KDUTILS_DATA"]).resolve())
     given = options.scenes or PRESETS[options.preset].scenes
     names = list(dict.fromkeys(name for scene in given for name in expand(scene)))
     print(f"{len(names)} scene(s), preset {options.preset}: {', '.join(given)}", flush=True)
-    started, failures, done, places = time.time(), [], [], set()
-    total = len(SCENE_NOTEBOOKS) * len(names) + len(SUMMARIES)
-    for number, scene in enumerate(names):
-        with noted(failures):
-            study = Study(scene, options.preset, options.teacher, options.device, options.seed)
-            if study.scene in places:
-                raise StageFailed(f"{scene}: left out, as this run has another scene called {study.scene}. Rename one "
-                                  "of the two folders.")  # fmt: skip
-            places.add(study.scene)
-            print(stages.settle_teacher(study, _path(options.checkpoint)), flush=True)
-            run_scene(study, options, number * len(SCENE_NOTEBOOKS), total)
-            done.append(study)
-    for name in SUMMARIES if done else ():
-        with noted(failures):
-            run_summary(name, done, options, total)
+    started, failures = time.time(), []
+    studies = studies_of(names, options, failures)
+    with side_by_side(options.jobs or jobs_for(studies)) as pool:
+        done = run_all(studies, options, failures, pool)
     summarise(done, failures, time.time() - started)
     return 1 if failures else 0
 
 
+def studies_of(names, options, failures):
+    """The study of each scene, or None where there can be none."""
+    studies = []
+    for scene in names:
+        study = None
+        with noted(failures):
+            found = Study(scene, options.preset, options.teacher, options.device, options.seed)
+            if found.scene in [other.scene for other in studies if other]:
+                raise StageFailed(f"{scene}: left out, as this run has another scene called {found.scene}. Rename one "
+                                  "of the two folders.")  # fmt: skip
+            print(stages.settle_teacher(found, options.checkpoint), flush=True)
+            study = found
+        studies.append(study)
+    return studies
+
+
+@contextmanager
+def side_by_side(jobs):
+    """So many threads to run a notebook each. An interrupt ends their kernels, which hear nothing of it themselves."""
+    if jobs > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))  # of a notebook's kernel
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        with chdir(NOTEBOOKS):  # where kernels start; papermill's own way there would move all threads to and fro
+            yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        raise
+    pool.shutdown()
+
+
+def jobs_for(studies):
+    """Notebooks at a time: one where a GPU does the work, or where an arm has so many seconds of the whole machine."""
+    alone = any(study and (study.device.type != "cpu" or study.preset.seconds) for study in studies)
+    return 1 if alone else min(2, torch.get_num_threads())
+
+
 @contextmanager
 def noted(failures):
-    """A failure ends its scene, not the study."""
+    """A failure ends what needs it, not the study."""
     try:
         yield
-    except (StageFailed, ValueError) as failure:
+    except (StageFailed, ValueError, OSError) as failure:
         failures.append(str(failure))
-        print(f"FAILED  {failure}", file=sys.stderr, flush=True)
+        say(f"FAILED  {failure}", sys.stderr)
 
 
 def parse(argv):
@@ -72,6 +119,8 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
     parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a folder or a file")
+    parser.add_argument("--jobs", type=int, choices=range(1, 65), metavar="N",
+                        help="notebooks at a time; by default two on a CPU, if budgets are in steps")  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="show what the notebooks print")
     return parser.parse_args(argv)
 
@@ -84,33 +133,56 @@ def expand(scene):
     return [str(found) for found in scenes.find_scenes(folder)] or [str(folder)]
 
 
-def run_scene(study, options, number, total):
-    """Notebooks 01 to 05 for one scene."""
-    parameters = {"scene": study.given, **_common(study)}
-    extra = {"02_dust3r_labels": {"checkpoint": _path(options.checkpoint)},
-             "04_cnn_students": {"weights": _path(options.weights)},
-             "05_vit_students": {"weights": _path(options.weights)}}  # fmt: skip
+def run_all(studies, options, failures, pool):
+    """All notebooks, each after those that it needs. Returns the studies in which all went well."""
+    total = len(SCENE_NOTEBOOKS) * len(studies) + len(SUMMARIES)
+    places = {study: len(SCENE_NOTEBOOKS) * number for number, study in enumerate(studies) if study}
+    ended = {}  # by study and notebook: a future that tells whether it went well
+
+    def attempt(needed, run, *arguments):
+        with noted(failures):
+            if all([future.result() for future in needed]):
+                run(*arguments)
+                return True
+        return False
+
+    def summary(name, number):
+        there = [study for study in places if all([ended[study, need].result() for need in NEEDS[name]])]
+        if there:
+            attempt([], run_summary, f"[{number}/{total}] {name}", name, there, options)
+
+    for number, name in enumerate(SCENE_NOTEBOOKS, 1):  # in this order none waits for one that waits behind it
+        for study, before in places.items():
+            needed = [ended[study, need] for need in NEEDS[name]]
+            title = f"[{before + number}/{total}] {study.scene}: {name}"
+            ended[study, name] = pool.submit(attempt, needed, run_for_scene, title, name, study, options)
+    summaries = [pool.submit(summary, name, total - 1 + number) for number, name in enumerate(SUMMARIES)]
+    for future in summaries:
+        future.result()
+    return [study for study in places if all([ended[study, name].result() for name in SCENE_NOTEBOOKS])]
+
+
+def run_for_scene(title, name, study, options):
+    """One of the notebooks 01 to 05."""
+    extra = {"02_dust3r_labels": {"checkpoint": options.checkpoint},
+             "04_cnn_students": {"weights": options.weights},
+             "05_vit_students": {"weights": options.weights}}  # fmt: skip
+    parameters = {"scene": study.given, **_common(study), **extra.get(name, {})}
+    inputs = [path for need in NEEDS[name] for path in outputs_of(study, need)]
     described = {**study.describe(), "files": stages.files_digest(study)}
-    inputs = []
-    for place, name in enumerate(SCENE_NOTEBOOKS, number + 1):
-        outputs = outputs_of(study, name)
-        copy = study.notebooks_folder / f"{name}.ipynb"
-        run_notebook(f"[{place}/{total}] {study.scene}: {name}", name, {**parameters, **extra.get(name, {})}, copy,
-                     inputs, outputs, described, options.verbose)  # fmt: skip
-        inputs = outputs if place <= number + 3 else inputs
+    run_notebook(title, name, parameters, study.notebooks_folder / f"{name}.ipynb", inputs, outputs_of(study, name),
+                 described, options.verbose)  # fmt: skip
 
 
-def run_summary(name, studies, options, total):
+def run_summary(title, name, studies, options):
     """Notebook 06 or 07, once for all the scenes."""
     study = studies[0]
     is_default = [s.scene for s in studies] == list(study.preset.scenes)
-    scene = "all" if is_default else ",".join(s.given for s in studies)
-    inputs = [path for s in studies for earlier in SCENE_NOTEBOOKS[3:] for path in outputs_of(s, earlier)]
-    copy = study.workspace / "runs" / "notebooks" / f"{name}.ipynb"
-    outputs = [study.figures_folder("all" if is_default else "+".join(s.scene for s in studies)) / SUMMARIES[name]]
-    place = total - len(SUMMARIES) + 1 + list(SUMMARIES).index(name)
-    run_notebook(f"[{place}/{total}] {name}", name, {"scene": scene, **_common(study)}, copy, inputs, outputs,
-                 [s.describe() for s in studies], options.verbose)  # fmt: skip
+    parameters = {"scene": "all" if is_default else ",".join(s.given for s in studies), **_common(study)}
+    inputs = [path for s in studies for need in NEEDS[name] for path in outputs_of(s, need)]
+    folder = study.figures_folder("all" if is_default else "+".join(s.scene for s in studies))
+    run_notebook(title, name, parameters, study.workspace / "runs" / "notebooks" / f"{name}.ipynb", inputs,
+                 [folder / SUMMARIES[name]], [s.describe() for s in studies], options.verbose)  # fmt: skip
 
 
 def outputs_of(study, notebook):
@@ -134,25 +206,32 @@ def run_notebook(title, name, parameters, copy, inputs, outputs, described, verb
                 "study": described, "inputs": _digests(inputs)}  # fmt: skip
     if copy.exists() and artefacts.manifest_matches(stamp, settings):
         if artefacts.read_json(stamp)["outputs"] == _digests(outputs):
-            print(f"{title}: finished before, skipped", flush=True)
+            say(f"{title}: finished before, skipped")
             return
-    print(title, flush=True)
+    say(title)
     copy.parent.mkdir(parents=True, exist_ok=True)
     artefacts.discard(stamp)
     started = time.time()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            papermill.execute_notebook(source, copy, parameters, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(),
-                                       log_output=verbose, kernel_name="python3")  # fmt: skip
+        papermill.execute_notebook(source, copy, parameters, progress_bar=sys.stderr.isatty(), log_output=verbose,
+                                   kernel_name="python3")  # fmt: skip
     except PapermillExecutionError as error:
         raise StageFailed(f"{name}.ipynb, cell {error.cell_index + 1}: {error.ename}: {error.evalue}\n"
                           f"        executed so far: {copy}") from None  # fmt: skip
+    except Exception as error:  # a kernel that died, say for want of memory
+        raise StageFailed(f"{name}.ipynb: {type(error).__name__}: {error}\n"
+                          f"        executed so far: {copy}") from error  # fmt: skip
     missing = [str(path) for path in outputs if not path.exists()]
     if missing:
         raise StageFailed(f"{name}.ipynb ran but left out {', '.join(missing)}")
     artefacts.write_json(stamp, {"settings": settings, "outputs": _digests(outputs)})
-    print(f"        {time.time() - started:.0f} s", flush=True)
+    say(f"{title}: {time.time() - started:.0f} s")
+
+
+def say(text, file=None):
+    """Print a line whole, whatever other threads print, and above their progress bars."""
+    tqdm.write(text, file=file)
+    (file or sys.stdout).flush()
 
 
 def code_digest(notebook):
@@ -171,15 +250,16 @@ def package_digest():
 def summarise(studies, failures, seconds):
     """What came out: one line an arm, and where to look."""
     rows = [row for study in studies for row in evaluation.collect(study)]
-    print(f"\n{'scene':<18}{'arm':<22}{'MSE m²':>10}{'median cm':>11}{'to depth cm':>13}{'MB':>7}")
+    wide = 2 + max((len(row["arm"]) for row in rows), default=20)
+    print(f"\n{'scene':<18}{'arm':<{wide}}{'MSE m²':>10}{'median cm':>11}{'to depth cm':>13}{'MB':>7}")
     for row in rows:
-        print(f"{row['scene']:<18}{row['arm']:<22}{row['mse']:>10.4f}{100 * row['median']:>11.1f}"
+        print(f"{row['scene']:<18}{row['arm']:<{wide}}{row['mse']:>10.4f}{100 * row['median']:>11.1f}"
               f"{100 * row['depth_median']:>13.1f}{row['megabytes']:>7.1f}")  # fmt: skip
     unpretrained = [row for row in rows if row["unpretrained"]]
     if unpretrained:
         print(f"{len(unpretrained)} pretrained arm(s) started from RANDOM WEIGHTS: notebooks 04, 05 say why.")
-    for study in studies[:1]:
-        print(f"teacher {study.teacher}, seed {study.seed}, {evaluation.machine(study.device)}")
+    for row in rows[:1]:
+        print(f"teacher {row['teacher']}, seed {row['seed']}, {row['machine']}")
     print(f"{seconds / 60:.1f} minutes, {len(failures)} failure(s)")
 
 
@@ -197,7 +277,9 @@ def _path(text):
 
 if __name__ == "__main__":
     logging.getLogger("papermill").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")  # papermill's libraries warn of one another
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same call goes on from here")
+        print("interrupted: the same call goes on from here", file=sys.stderr, flush=True)
+        os._exit(130)  # at once, whatever the threads are at: all files are written aside and renamed

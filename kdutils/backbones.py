@@ -22,6 +22,7 @@ from torch import nn
 from kdutils import compact, dust3r, endless, pretraining, shipped, students
 from kdutils.augmentation import DRAWS, Examples
 from kdutils.settings import BACKBONE_PLANS, MILD, OWN_ARMS, PAPER_ARMS
+from kdutils.training import gains_from_half
 
 NAMES = ("mobilenet", "vit16", "vit32", "vit64", "anchornet")
 SIZE = (96, 128)  # (height, width) of the images they learn from
@@ -162,7 +163,7 @@ def train(name, plan, folder, device="cpu", size=SIZE, rooms_folder=None, progre
     def step(number, generator):
         pool.advance(number // plan.steps_a_room)
         images, points = drawn(pool.rooms, plan.batch, generator)
-        images, bfloat16 = images.flatten(0, 1), device.type in plan.bfloat16
+        images, bfloat16 = images.flatten(0, 1), gains_from_half(device, plan.bfloat16)
         features = learner(images, bfloat16)
         loss = learner.distances(features, points).mean()
         if plan.distillation:

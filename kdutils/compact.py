@@ -22,6 +22,7 @@ from torch import nn
 from kdutils import augmentation, dust3r, endless, evaluation, pretraining, shipped
 from kdutils.settings import COMPACT_PLANS
 from kdutils.teachers import PairPointmaps
+from kdutils.training import gains_from_half
 
 SIZE = (96, 128)  # (height, width) of the images it learns from
 CONFIG = {"head_type": "linear", "enc_embed_dim": 192, "enc_depth": 5, "enc_num_heads": 6,
@@ -259,7 +260,7 @@ def train(plan, folder, device="cpu", size=SIZE, config=CONFIG, rooms_folder=Non
     def step(number, generator):
         pool.advance(number // plan.steps_a_room)
         pairs = Pairs.draw(pool.rooms, plan.batch, generator).recoloured(generator)
-        return loss_of(learner, pairs, number, device.type in plan.bfloat16)
+        return loss_of(learner, pairs, number, gains_from_half(device, plan.bfloat16))
 
     return learner, run.fit(step, partial(figures_of, learner, held_out)), run.settings
 

@@ -179,7 +179,7 @@ def write_table(rows, path):
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: _short(row[name]) for name in COLUMNS} for row in rows)
+    writer.writerows({name: _short(row[name]) for name in COLUMNS if name in row} for row in rows)
     artefacts.write_text(Path(path).with_suffix(".csv"), text.getvalue())
     artefacts.write_json(Path(path).with_suffix(".json"), rows)
 
@@ -287,12 +287,15 @@ def _answers(here):
         note = " and ".join(dict.fromkeys(pretrained["weights"] for _, _, pretrained in frozen))
         yield ("What is a pretrained backbone worth, frozen?",
                f"a random one has so many times its MSE ({note} weights): {gains}")  # fmt: skip
-    losses = {row["loss"]: row for arm, row in here.items() if arm in ABLATION_ARMS and ARMS[arm].loss}
+    losses = {row["loss"]: row for arm, row in here.items()
+              if arm in ABLATION_ARMS and ARMS[arm].loss and not row["unpretrained"]}  # fmt: skip
     if "mse" in losses:
-        winner = min(losses.values(), key=lambda row: row["mse"])
+        best, *others = sorted(losses.values(), key=lambda row: row["mse"])
+        compared = f"the paper's MSE gives {losses['mse']['mse']:.4f}"
+        if best["loss"] == "mse":
+            compared = ", ".join(f"{row['loss']} gives {row['mse']:.4f}" for row in others[:1])
         yield ("Do other distillation losses help?",
-               f"after {winner['steps']} steps {winner['loss']} is best with {winner['mse']:.4f} m², the paper's MSE "
-               f"loss gives {losses['mse']['mse']:.4f}")  # fmt: skip
+               f"after {best['steps']} steps {best['loss']} is best with {best['mse']:.4f} m², {compared}")  # fmt: skip
 
 
 def _frozen_pairs():
@@ -313,14 +316,20 @@ def ablation_groups(rows):
         "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
         "Frozen backbone: pretrained or random": dict(
             item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
-        "AnchorNet, a quarter of the steps: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
-        "AnchorNet: steps": {f"{budget:g}x": name for budget, name in sorted(
-            (arm.budget, name) for name, arm in ARMS.items() if (arm.backbone, arm.start) == ("anchornet", "scratch")
-            and arm.loss in (None, RECIPES["anchornet"].loss))},
+        "MobileNet frozen, half the steps: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
+        "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss),
+        "AnchorNet: steps": _by_budget("anchornet", "scratch", RECIPES["anchornet"].loss),
     }  # fmt: skip
     found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
              for title, group in groups.items()}  # fmt: skip
     return {title: group for title, group in found.items() if len(group) > 1}
+
+
+def _by_budget(backbone, start, loss):
+    """Arms that differ by their budgets alone, by shares of the preset's."""
+    arms = [arm for arm in ARMS.values() if (arm.backbone, arm.start, arm.weights) == (backbone, start, None)]
+    alike = sorted((arm.budget, arm.name) for arm in arms if arm.loss in (None, loss))
+    return {f"{budget:g}x": name for budget, name in alike}
 
 
 def located(row):

@@ -183,7 +183,8 @@ class Log:
 def options(parser, plans, argv):
     """The recipes' common options; ``plan`` becomes the ``settings.Pretraining`` that was asked for."""
     parser.add_argument("--plan", choices=plans, help="by default the device's: cuda, else cpu")
-    parser.add_argument("--seconds", type=float, help="in the place of the plan's")
+    parser.add_argument("--steps", type=int, help="in the place of the plan's")
+    parser.add_argument("--seconds", type=float, help="in the place of the plan's; 0 for no limit")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "data" / "pretraining", help="of state and weights")
@@ -192,7 +193,8 @@ def options(parser, plans, argv):
     chosen = parser.parse_args(argv)
     chosen.device = pick_device(chosen.device)
     name = chosen.plan or ("cuda" if chosen.device.type == "cuda" else "cpu")
-    chosen.plan = replace(plans[name], seed=chosen.seed, seconds=chosen.seconds or plans[name].seconds)
+    given = {key: getattr(chosen, key) for key in ("steps", "seconds") if getattr(chosen, key) is not None}
+    chosen.plan = replace(plans[name], seed=chosen.seed, **given)
     chosen.rooms = chosen.rooms or chosen.folder / "rooms"
     return chosen
 

@@ -52,10 +52,9 @@ ORIGINAL_ARMS = _by_name(
 )
 ABLATION_LOSSES = ("mse", "l1", "huber", "confidence", "laplace", "laplace+mse", "laplace+mse+0.01*reprojection")
 ABLATION_ARMS = _by_name(
-    *(Arm("-".join(["anchornet", *re.findall("[a-z][a-z0-9]+", loss)]), "anchornet", "scratch", None, loss, 0.25)
+    *(Arm("-".join(["mobilenet-frozen", *re.findall("[a-z][a-z0-9]+", loss)]), "mobilenet", "frozen", None, loss, 0.5)
       for loss in ABLATION_LOSSES),
-    Arm("anchornet-half", "anchornet", "scratch", budget=0.5),
-    Arm("anchornet-eighth", "anchornet", "scratch", budget=0.125),
+    Arm("mobilenet-frozen-eighth", "mobilenet", "frozen", budget=0.125),
     *(Arm(f"{frozen.name}-random", frozen.backbone, "frozen", frozen.patch, weights="random")
       for frozen in (*PAPER_ARMS.values(), *OWN_ARMS.values()) if frozen.start == "frozen"),
 )  # fmt: skip
@@ -133,7 +132,7 @@ class BackbonePretraining(Pretraining):
 
 # "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
-    "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=2, validations=2),
+    "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=4, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
     "cuda": Pretraining(steps=120_000, batch=64, rooms=1000, steps_a_room=60, validations=60),
 }

@@ -1,9 +1,13 @@
 """The driver's own decisions: which scenes, which parameters, where results go, and what the claims say."""
 
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_scenes import write_scene
 
 from kdutils import __main__ as driver
@@ -82,14 +86,91 @@ def test_a_scene_that_would_write_over_another_is_left_out_and_named(tmp_path, m
         folder.mkdir(parents=True)
     ran = []
 
-    def run_scene(study, *_):
+    def run_for_scene(title, name, study, options):
         ran.append(study.given)
         raise driver.StageFailed("it failed half way")  # what it has written is still its own
 
-    monkeypatch.setattr(driver, "run_scene", run_scene)
-    assert driver.main([*map(str, folders), str(folders[0]), "--teacher", "depth"]) == 1
+    monkeypatch.setattr(driver, "run_for_scene", run_for_scene)
+    assert driver.main([*map(str, folders), str(folders[0]), "--teacher", "depth", "--jobs", "1"]) == 1
     said = capsys.readouterr().err
     assert ran == [str(folders[0])] and f"{folders[1]}: left out" in said and f"{folders[0]}: left out" not in said
+    assert said.count("it failed half way") == 1  # and not once more for each stage that needs it
+
+
+def test_notebooks_run_side_by_side_but_never_before_what_they_need(tmp_path, monkeypatch, capsys):
+    """Each notebook notes what is done when it begins, and waits a while for company; paths lead where they did."""
+    monkeypatch.chdir(tmp_path)
+    Path("weights").touch()
+    monkeypatch.setenv("KDUTILS_DATA", "data")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    done, together, running = [], [], []
+    lock = threading.Lock()
+
+    def run_notebook(title, name, parameters, *_):
+        mine = (name, parameters["scene"])
+        with lock:
+            assert os.environ["KDUTILS_DATA"] == str(tmp_path / "data") and Path.cwd() == driver.NOTEBOOKS
+            assert parameters.get("weights") == (str(tmp_path / "weights") if name[:2] in ("04", "05") else None)
+            scenes = ("kitchen", "office") if name in driver.SUMMARIES else mine[1:]
+            needed = {(need, scene) for need in driver.NEEDS[name] for scene in scenes}
+            assert needed <= set(done), f"{title} began too early"
+            running.append(mine)
+        time.sleep(0.05)
+        with lock:
+            together.append(len(running))
+            running.remove(mine)
+            done.append(mine)
+
+    monkeypatch.setattr(driver, "run_notebook", run_notebook)
+    assert driver.main(["kitchen", "office", "--jobs", "2", "--weights", "weights"]) == 0, capsys.readouterr().err
+    assert max(together) == 2 and len(done) == len(set(done)) == 12
+    assert {name for name, _ in done} == set(driver.NEEDS) == {path.stem for path in driver.NOTEBOOKS.glob("*.ipynb")}
+    for jobs in ("1", "5"):
+        together.clear(), done.clear()
+        assert driver.main(["kitchen", "office", "--jobs", jobs, "--weights", "weights"]) == 0
+        assert len(done) == 12 and (max(together) == 1) == (jobs == "1")
+
+
+def test_a_kernel_that_died_and_a_full_disk_fail_what_needs_them_and_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    ran = []
+
+    def execute(source, copy, parameters, **_):
+        ran.append((source.stem, parameters["scene"]))
+        if ran[-1] == ("02_dust3r_labels", "kitchen"):
+            raise RuntimeError("Kernel died")
+        results = [Study().figures_folder("all") / driver.SUMMARIES.get(source.stem, "none")]
+        is_summary = source.stem in driver.SUMMARIES
+        for path in results if is_summary else driver.outputs_of(Study(parameters["scene"]), source.stem):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("{}")
+        copy.write_text("{}")
+
+    def write(path, content):
+        if path.stem == "05_vit_students":
+            raise OSError("no space left")
+        path.write_text("{}")
+
+    monkeypatch.setattr(driver.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(driver.artefacts, "write_json", write)
+    assert driver.main(["kitchen", "office", "--jobs", "2"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("FAILED") == 2 and "02_dust3r_labels.ipynb: RuntimeError: Kernel died" in said
+    assert "no space left" in said
+    assert {name for name, scene in ran if scene == "kitchen"} == {"01_scenes", "02_dust3r_labels"}
+    assert {name for name, scene in ran if scene == "office"} == set(driver.SCENE_NOTEBOOKS)
+
+
+def test_budgets_in_seconds_and_gpus_are_not_shared(monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert driver.jobs_for([Study(device="cpu"), None]) == 2
+    assert driver.jobs_for([Study(preset="hour", device="cpu")]) == 1
+    study = Study(device="cpu")
+    study.device = torch.device("cuda")
+    assert driver.jobs_for([study]) == 1
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert driver.jobs_for([Study(device="cpu")]) == 1
 
 
 def test_scene_of_ones_own_never_takes_a_sample_rooms_place(tmp_path):

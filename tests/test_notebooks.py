@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import papermill.parameterize
+import psutil
 import pytest
 from browser import needs_browser, screenshot
 from papermill.iorw import load_notebook_node
@@ -42,6 +43,7 @@ def driver(data, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "kdutils", "--preset", "smoke", "--device", "cpu", *arguments],
         cwd=REPOSITORY, env=environment(data), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
     )  # fmt: skip
 
 
@@ -131,13 +133,20 @@ def test_second_run_repeats_nothing(study):
     assert stamps_of(data) == before
 
 
-def test_killed_study_finishes_with_the_same_results(study, tmp_path):
+def test_killed_and_interrupted_study_finishes_with_the_same_results(study, tmp_path):
     reference, _ = study
-    for moment in ("labels/kitchen/compact/started.json", "runs/kitchen/compact/mobilenet-frozen/training.pt"):
-        process = driver(tmp_path)
-        wait_for(tmp_path / "smoke" / moment, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()  # its kernel lives on for a second or more, and the next run waits for it
+    process = driver(tmp_path)
+    wait_for(tmp_path / "smoke" / "labels/kitchen/compact/started.json", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()  # its kernel lives on for a second or more, and the next run waits for it
+    process = driver(tmp_path)
+    wait_for(tmp_path / "smoke" / "runs/kitchen/compact/mobilenet-frozen/training.pt", process)
+    kernels = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    code, log = finish(process, minutes=1)
+    assert code == 130 and log.splitlines()[-1] == "interrupted: the same call goes on from here"
+    assert "Traceback" not in log and "Kernel" not in log and "FAILED" not in log
+    assert kernels and not [kernel for kernel in psutil.wait_procs(kernels, 10)[1] if kernel.status() != "zombie"]
     frames = tmp_path / "smoke" / "labels" / "kitchen" / "frames" / "frames.safetensors"
     prepared = frames.stat().st_mtime_ns
     code, log = finish(driver(tmp_path))

@@ -71,7 +71,7 @@ def step_of(student, plan, examples, folder):
 
 @pytest.mark.parametrize("lies", ["cuda", "cpu"])
 @pytest.mark.parametrize("name", ["cnn-scratch", "mobilenet-frozen", "vit16-unfrozen", "vit64-scratch",
-                                  "anchornet-laplace-mse-reprojection", "original-mobilenet"])  # fmt: skip
+                                  "mobilenet-frozen-laplace-mse-reprojection", "original-mobilenet"])  # fmt: skip
 def test_a_training_step_stays_on_the_device_wherever_the_frames_lie(name, lies, fake, tmp_path):
     student, plan = student_of(name)
     with fake, training.half_precision(CUDA):

@@ -292,7 +292,7 @@ def test_a_run_that_starts_from_shipped_weights_goes_on_with_them(tmp_path, room
 
 
 def plan_of(plans, **changes):
-    return replace(plans["smoke"], **{"bfloat16": (), **changes})
+    return replace(plans["smoke"], **{"bfloat16": (), "steps_a_room": 2, **changes})
 
 
 def run_compact(folder, rooms_folder, plan):

@@ -72,10 +72,10 @@ def test_students_are_small(arm, size):
     assert 3 < megabytes < 45
 
 
-def test_ablations_are_the_studys_own_student_or_a_frozen_one_with_random_weights():
+def test_ablations_are_frozen_students_some_of_them_with_random_weights():
     random = {name: arm for name, arm in ABLATION_ARMS.items() if arm.weights == "random"}
     rest = [arm for name, arm in ABLATION_ARMS.items() if name not in random]
-    assert {(arm.backbone, arm.start, arm.patch) for arm in rest} == {("anchornet", "scratch", None)}
+    assert {(arm.backbone, arm.start, arm.patch) for arm in rest} == {("mobilenet", "frozen", None)}
     assert {name.removesuffix("-random") for name in random} == {name for name in ARMS if name.endswith("frozen")
                                                                  and not name.endswith("unfrozen")}  # fmt: skip
     assert all(students.find_weights(arm, arm.weights).origin == "random" for arm in random.values())

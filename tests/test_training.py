@@ -188,7 +188,7 @@ def test_a_student_learns_the_room(tmp_path, arm):
     assert manifest["images_per_second"] > 0 < manifest["seconds"]
 
 
-@pytest.mark.parametrize("arm", ["vit64-frozen", "anchornet-scratch", "anchornet-l1"])
+@pytest.mark.parametrize("arm", ["vit64-frozen", "anchornet-scratch", "mobilenet-frozen-laplace"])
 def test_a_trained_student_is_loaded_from_its_folder(tmp_path, arm):
     student, _, examples = run(tmp_path, arm=arm, steps=2)
     loaded = students.load(arm_folder(tmp_path, arm))
@@ -317,7 +317,11 @@ def test_state_of_a_run_with_other_settings_is_not_resumed(tmp_path, whole):
     assert seen == [2, 4, 6] and weights_of(tmp_path) == weights_of(whole[0])
 
 
-def test_half_precision_on_the_devices_that_the_preset_names(tmp_path, whole):
+def test_half_precision_on_the_devices_that_the_preset_names_if_they_are_made_for_it(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": False})
+    run(tmp_path / "unable", bfloat16=("cpu",))
+    assert weights_of(tmp_path / "unable") == weights_of(whole[0])
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "arm64", "bf16": True})
     _, manifest, _ = run(tmp_path, bfloat16=("cpu",))
     assert weights_of(tmp_path) != weights_of(whole[0])
     assert manifest["best_validation_mse"] == pytest.approx(whole[2]["best_validation_mse"], rel=0.2)
