@@ -191,6 +191,8 @@ def options(parser, plans, argv):
     parser.add_argument("--rooms", type=Path, help="a folder that keeps rendered rooms; by default one in the run's")
     parser.add_argument("--ship", action="store_true", help="put the weights into data/weights, where the study looks")
     chosen = parser.parse_args(argv)
+    if chosen.steps is not None and chosen.steps < 1:
+        parser.error("--steps: at least one")
     chosen.device = pick_device(chosen.device)
     name = chosen.plan or ("cuda" if chosen.device.type == "cuda" else "cpu")
     given = {key: getattr(chosen, key) for key in ("steps", "seconds") if getattr(chosen, key) is not None}

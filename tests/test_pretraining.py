@@ -1,5 +1,6 @@
 """Pretraining on rendered rooms: what is drawn, what is asked, and that a killed run ends as an undisturbed one."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -370,6 +371,18 @@ def test_command_trains_and_writes_weights_that_load_with_their_card(tmp_path):
     body = backbones.Learner("mobilenet").backbone
     kept = artefacts.read_tensors(folder / shipped.FILE)
     assert set(kept) == set(body.state_dict())
+
+
+def test_budgets_asked_for_take_the_place_of_the_plans():
+    def plan(*arguments):
+        parser = argparse.ArgumentParser()
+        return pretraining.options(parser, BACKBONE_PLANS, ["--plan", "cpu", "--device", "cpu", *arguments]).plan
+
+    assert plan() == BACKBONE_PLANS["cpu"]
+    assert plan("--seconds", "9", "--seed", "3") == replace(BACKBONE_PLANS["cpu"], seconds=9.0, seed=3)
+    assert plan("--seconds", "0", "--steps", "7") == replace(BACKBONE_PLANS["cpu"], seconds=0.0, steps=7)
+    with pytest.raises(SystemExit):
+        plan("--steps", "0")
 
 
 def test_unknown_backbone_is_named():
