@@ -53,7 +53,7 @@ def main(argv=None):
     print(f"{len(names)} scene(s), preset {options.preset}: {', '.join(given)}", flush=True)
     started, failures = time.time(), []
     studies = studies_of(names, options, failures)
-    with side_by_side(options.jobs or jobs_for(studies)) as pool:
+    with notebook_threads(options.jobs or jobs_for(studies)) as pool:
         done = run_all(studies, options, failures, pool)
     summarise(done, failures, time.time() - started)
     return 1 if failures else 0
@@ -76,7 +76,7 @@ def studies_of(names, options, failures):
 
 
 @contextmanager
-def side_by_side(jobs):
+def notebook_threads(jobs):
     """So many threads to run a notebook each. An interrupt ends their kernels, which hear nothing of it themselves."""
     if jobs > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // jobs))  # of a notebook's kernel
@@ -139,23 +139,23 @@ def run_all(studies, options, failures, pool):
     places = {study: len(SCENE_NOTEBOOKS) * number for number, study in enumerate(studies) if study}
     ended = {}  # by study and notebook: a future that tells whether it went well
 
-    def attempt(needed, run, *arguments):
+    def attempt(title, name, study):
         with noted(failures):
-            if all([future.result() for future in needed]):
-                run(*arguments)
+            if all([ended[study, need].result() for need in NEEDS[name]]):
+                run_for_scene(title, name, study, options)
                 return True
         return False
 
     def summary(name, number):
         there = [study for study in places if all([ended[study, need].result() for need in NEEDS[name]])]
         if there:
-            attempt([], run_summary, f"[{number}/{total}] {name}", name, there, options)
+            with noted(failures):
+                run_summary(f"[{number}/{total}] {name}", name, there, options)
 
     for number, name in enumerate(SCENE_NOTEBOOKS, 1):  # in this order none waits for one that waits behind it
         for study, before in places.items():
-            needed = [ended[study, need] for need in NEEDS[name]]
             title = f"[{before + number}/{total}] {study.scene}: {name}"
-            ended[study, name] = pool.submit(attempt, needed, run_for_scene, title, name, study, options)
+            ended[study, name] = pool.submit(attempt, title, name, study)
     summaries = [pool.submit(summary, name, total - 1 + number) for number, name in enumerate(SUMMARIES)]
     for future in summaries:
         future.result()
