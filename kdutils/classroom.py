@@ -42,7 +42,10 @@ class Classroom:
             evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
             metrics = {"settings": settings, **self.measure(name, student, manifest)}
             artefacts.write_json(folder / "metrics.json", metrics)
-        return artefacts.read_json(folder / "metrics.json")
+        metrics = artefacts.read_json(folder / "metrics.json")
+        print(f"{name}: {metrics['training']['steps']} steps in {metrics['timing']['train_seconds']:.0f} s, "
+              f"test MSE {metrics['against_teacher']['mse']:.4f} m²")  # fmt: skip
+        return metrics
 
     def measure(self, name, student, manifest):
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
@@ -120,8 +123,8 @@ def side_by_side(classroom, arm, chosen, low, high):
     return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
 
 
-def keep_results(folder, rows, claims, studies):
-    """The results' plots, the claims and answers, and last the tables ``results.csv`` and ``results.json``."""
+def keep_results(folder, rows, claims, over_seeds, studies):
+    """Plots, claims and answers, ``evaluation.over_seeds``, and last ``results.csv`` and ``results.json``."""
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
         _keep(results_plot(study, found), folder / f"results_{study.scene.replace('/', '_')}.png")
@@ -130,6 +133,7 @@ def keep_results(folder, rows, claims, studies):
             _keep(figures.ablations(groups), folder / f"ablations_{study.scene.replace('/', '_')}.png")
     _keep(figures.cost_against_error(evaluation.without_ablations(rows)), folder / "cost_against_error.png")
     artefacts.write_json(folder / "claims.json", claims)
+    artefacts.write_json(folder / "seeds.json", over_seeds)
     evaluation.write_table(rows, folder / "results")
 
 

@@ -121,8 +121,9 @@ class Pairs:
         """In another light, the same for both views of a pair, and with noise."""
         count, device = len(self.images[0]), self.images[0].device
         draws = (2 * torch.rand(count, 7, generator=generator) - 1).to(device)
+        source = generator_on(device, generator)
         for k, images in enumerate(self.images):
-            noise = torch.randn(images.shape, generator=generator).to(device)
+            noise = torch.randn(images.shape, generator=source, device=device)
             self.images[k] = augmentation.recoloured(images, draws, COLOUR, BLUR) + GRAIN * noise
         return self
 
@@ -142,6 +143,13 @@ class Pairs:
         seen = moved(to_other, self.truth[1 - view][which, v, u])[..., 2]
         visible = inside & ((seen - depth).abs() < SAME_DEPTH * depth)
         return torch.where(visible, v // dust3r.PATCH * (width // dust3r.PATCH) + u // dust3r.PATCH, -1)
+
+
+def generator_on(device, generator):
+    """A source of noise where the images lie: what a CPU draws for a GPU takes longer than the GPU's whole step."""
+    if device.type == "cpu":
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
 def inverse(matrices):

@@ -27,7 +27,7 @@ class RoomViews:
 
     ``images (F, H, W, 3)`` uint8; ``depth (F, H, W)`` half precision, metres along z; ``poses (F, 4, 4)``
     camera-to-world; ``intrinsics (3, 3)``; ``edges (E, 2)`` pairs of views that overlap by 20 to 90 % with a baseline
-    that can be triangulated (see ``overlap``), the smaller index first.
+    that can be triangulated (see ``overlap``), the smaller index first, always on the CPU, where they are drawn.
     """
 
     images: torch.Tensor
@@ -37,7 +37,8 @@ class RoomViews:
     edges: torch.Tensor
 
     def to(self, device):
-        return RoomViews(*(tensor.to(device) for tensor in vars(self).values()))
+        return RoomViews(**{name: tensor if name == "edges" else tensor.to(device)
+                            for name, tensor in vars(self).items()})  # fmt: skip
 
 
 def kind_and_seed(number, held_out=False):
@@ -59,7 +60,7 @@ def render_room(number, size, device="cpu", held_out=False):
     every = np.stack(np.triu_indices(len(poses), 1), axis=1)
     return RoomViews(images, depth, torch.tensor(poses, dtype=torch.float32, device=device),
                      torch.tensor(intrinsics, dtype=torch.float32, device=device),
-                     torch.tensor(views.measure(every).admissible().images, device=device))  # fmt: skip
+                     torch.tensor(views.measure(every).admissible().images))  # fmt: skip
 
 
 def _seen(room, poses, size, device):
@@ -109,7 +110,8 @@ def rooms_of(numbers, size, device="cpu", folder=None, held_out=False):
     A room is some 300,000 small operations, which would keep a GPU both waiting and from learning.
     """
     room = partial(room_views, size=tuple(size), folder=folder, held_out=held_out)
-    workers = 1 if torch.device(device).type == "cpu" else max(1, (os.cpu_count() or 1) - 1)
+    on_cpu = torch.device(device).type == "cpu"
+    workers = 1 if on_cpu else max(1, min((os.cpu_count() or 1) - 1, len(numbers)))
     arrays = caster.parallel_map(partial(_arrays_of, room), numbers, workers)
     return (RoomViews(*map(torch.from_numpy, fields)).to(device) for fields in arrays)
 

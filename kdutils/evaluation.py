@@ -6,6 +6,7 @@ Predictions are kept apart from their evaluation, so that a figure can be comput
 import csv
 import io
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import numpy as np
 import torch
 
 from kdutils import artefacts, geometry, registration
-from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS
-from kdutils.training import predict
+from kdutils.localisation import at_once
+from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS, Study
+from kdutils.training import half_precision, predict
 
 BANDS_CM = (5, 10)
 PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
@@ -41,8 +43,12 @@ def point_errors(predicted, truth, mask):
     """
     if not mask.any():
         raise ValueError("no pixel to evaluate: the mask is empty")
-    differences = ((said - true).astype(np.float64) for said, true in zip(predicted, truth))
-    squared = np.concatenate([np.einsum("hwc,hwc->hw", off, off)[there] for off, there in zip(differences, mask)])
+
+    def squared_of(frame):
+        off = (predicted[frame] - truth[frame]).astype(np.float64)
+        return np.einsum("hwc,hwc->hw", off, off)[mask[frame]]
+
+    squared = np.concatenate(at_once(squared_of, range(len(mask))))
     mean, distance = float(np.mean(squared)), np.sqrt(squared)
     median, p90 = np.percentile(distance, [50, 90])
     return {
@@ -115,10 +121,13 @@ def latency(student, size, repeats=30):
     device = next(student.parameters()).device
     image = torch.rand(1, 3, *size, device=device)
     times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        student(image).points.cpu()  # the copy waits for the device
-        times.append(time.perf_counter() - start)
+    with half_precision(device):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            student(image)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
     return 1000 * min(times)
 
 
@@ -169,6 +178,24 @@ def collect(study):
     return [_row(artefacts.read_json(path)) for path in paths if path.exists()]
 
 
+def over_seeds(study):
+    """Test MSE in m² of the arms proper, under each seed that the scene was trained with: arm -> {seed: MSE}."""
+    found = [re.fullmatch(r".+-seed(\d+)", folder.name) for folder in study.runs_folder.glob("*-seed*")]
+    mse = {}
+    for seed in sorted({0, *(int(match[1]) for match in found if match)}):
+        sibling = Study(study.given, study.preset_name, study.teacher, str(study.device), seed)
+        for row in without_ablations(collect(sibling)):
+            mse.setdefault(row["label"], {})[str(seed)] = row["mse"]
+    return mse
+
+
+def spread(by_arm):
+    """``over_seeds`` as a Markdown table, best mean first: what another seed changes in an arm's test MSE."""
+    ranked = sorted(((arm, [*mse.values()]) for arm, mse in by_arm.items()), key=lambda item: np.mean(item[1]))
+    lines = [[arm, str(len(mse)), f"{np.mean(mse):.4f}", f"{min(mse):.4f} to {max(mse):.4f}"] for arm, mse in ranked]
+    return markdown(("student", "seeds", "MSE m², mean", "lowest to highest"), lines)
+
+
 def without_ablations(rows):
     """The rows of the arms proper."""
     return [row for row in rows if row["arm"] not in ABLATION_ARMS]
@@ -190,13 +217,16 @@ def markdown(names, lines):
     return "\n".join([rows[0], "|---" * len(names) + "|", *rows[1:]])
 
 
-def table(rows, with_paper=False):
+TABLE = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
+         "MB", "ms", "trained s")  # fmt: skip
+BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "within 5 cm, 5°", "trained s"))
+
+
+def table(rows, with_paper=False, columns=TABLE):
     """Rows as a Markdown table, best first in each scene, with the scene's mean point and, if asked, the paper's.
 
     The arms of the ablations are left out: they have a smaller budget.
     """
-    names = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
-             "MB", "ms", "trained s")  # fmt: skip
     rows, lines = without_ablations(rows), []
     for scene in dict.fromkeys(row["scene"] for row in rows):
         ranked = sorted((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
@@ -205,7 +235,12 @@ def table(rows, with_paper=False):
     if with_paper:
         paper = "*best ViT, teacher DUSt3R*"
         lines += [[f"*paper, {kind}s*", paper, f"{mse}", *[""] * 8] for kind, mse in PAPER.items()]
-    return markdown(names, lines)
+    return markdown(columns, [[line[TABLE.index(name)] for name in columns] for line in lines])
+
+
+def claims_table(found):
+    """``claims`` as a Markdown table."""
+    return markdown(("claim of the paper", "held if", "what we found", "held?"), [claim.values() for claim in found])
 
 
 def _cells(row):
@@ -228,21 +263,18 @@ def claims(rows):
     if not rows:
         return []
     best = _best(rows)
-    named = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
     ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())
     sizes = [row["megabytes"] for row in rows]
     return [
         _claim("One image is enough to tell where its points are.",
                "the best student's MSE is below a tenth of the mean point's", f"times below it: {ratios}",
                all(row["mse"] < 0.1 * row["mean_point_mse"] for row in best.values())),
-        _claim("The best student's test MSE is 0.0011 m² (kitchens) and 0.0012 m² (offices).",
-               "below 0.0015, whatever budget and rooms", f"best here: {named}",
-               all(row["mse"] < 0.0015 for row in best.values())),
+        _paper_figure(rows, best),
         _vit_or_cnn(rows),
         _compare(rows, "A pretrained backbone is better unfrozen than frozen.", "unfrozen", "frozen"),
         _compare(rows, "Pretraining helps.", "unfrozen", "scratch"),
-        _claim("Students take 5 to 45 MB.", "at most 45 MB at 32 bits", f"{min(sizes):.1f} to {max(sizes):.1f} MB",
-               max(sizes) <= 45),
+        _claim("Students are small: 5 to 45 MB.", "at most 45 MB at 32 bits",
+               f"{min(sizes):.1f} to {max(sizes):.1f} MB", max(sizes) <= 45),
     ]  # fmt: skip
 
 
@@ -310,26 +342,27 @@ def ablation_groups(rows):
     An arm that should have been pretrained and was not is left out.
     """
     mse = {row["arm"]: row["mse"] for row in rows if not row["unpretrained"]}
+    steps = {row["arm"]: row["steps"] for row in rows}
     groups = {
-        "ViT from scratch: patch": {str(patch): f"vit{patch}-scratch" for patch in (16, 32, 64)},
+        **{f"ViT, {start}: patch": {str(patch): f"vit{patch}-{start}" for patch in (16, 32, 64)} for start in STARTS},
         "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
         "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
         "Frozen backbone: pretrained or random": dict(
             item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
-        "MobileNet frozen, half the steps: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
-        "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss),
-        "AnchorNet: steps": _by_budget("anchornet", "scratch", RECIPES["anchornet"].loss),
+        "MobileNet frozen, half the budget: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
+        "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss, steps),
+        "AnchorNet: steps": _by_budget("anchornet", "scratch", RECIPES["anchornet"].loss, steps),
     }  # fmt: skip
     found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
              for title, group in groups.items()}  # fmt: skip
     return {title: group for title, group in found.items() if len(group) > 1}
 
 
-def _by_budget(backbone, start, loss):
-    """Arms that differ by their budgets alone, by shares of the preset's."""
+def _by_budget(backbone, start, loss, steps):
+    """Arms that differ by their budgets alone, by the steps that they took."""
     arms = [arm for arm in ARMS.values() if (arm.backbone, arm.start, arm.weights) == (backbone, start, None)]
     alike = sorted((arm.budget, arm.name) for arm in arms if arm.loss in (None, loss))
-    return {f"{budget:g}x": name for budget, name in alike}
+    return {f"{steps[name]}": name for _, name in alike if name in steps}
 
 
 def located(row):
@@ -348,21 +381,32 @@ def _best(rows):
             for scene in dict.fromkeys(row["scene"] for row in rows)}  # fmt: skip
 
 
+def _paper_figure(rows, best):
+    """The paper's own figures, which only its own experiment can confirm or contradict."""
+    text = "The best student's test MSE is 0.0011 m² (kitchens) and 0.0012 m² (offices)."
+    found = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
+    if {(row["teacher"], row["preset"]) for row in rows} != {("dust3r", "study")}:
+        found = f"not comparable: another teacher, other rooms, a smaller budget; best here {found}"
+        return _untested(text, "below 0.0015, with the paper's teacher and rooms", found)
+    return _claim(text, "below 0.0015", f"best {found}", all(row["mse"] < 0.0015 for row in best.values()))
+
+
 def _vit_or_cnn(rows):
     """A claim on the best ViT and the best CNN of each start, on all scenes that have both."""
-    counts = {}
+    wins, found = [], []
     for scene in dict.fromkeys(row["scene"] for row in rows):
         for start in STARTS:
             here = [row for row in rows if row["scene"] == scene and PAPER_ARMS[row["arm"]].start == start]
-            vits, cnns = ([row["mse"] for row in here if (PAPER_ARMS[row["arm"]].backbone == "vit") == is_vit]
+            vits, cnns = ([row for row in here if (PAPER_ARMS[row["arm"]].backbone == "vit") == is_vit]
                           for is_vit in (True, False))  # fmt: skip
             if vits and cnns:
-                counts[start] = [*counts.get(start, ()), min(vits) < min(cnns)]
+                vit, cnn = (min(kind, key=lambda row: row["mse"]) for kind in (vits, cnns))
+                wins.append(vit["mse"] < cnn["mse"])
+                found.append(f"{scene}: {vit['label']} {vit['mse']:.3f} against {cnn['label']} {cnn['mse']:.3f}")
     text, test = "The ViT is better than the CNNs.", "the best ViT's MSE is below the best CNN's, start by start"
-    if not counts:
-        return {"claim": text, "test": test, "found": "the arms to compare were not trained", "held": "not tested"}
-    found = ", ".join(f"{start} in {sum(wins)} of {len(wins)} scenes" for start, wins in counts.items())
-    return _claim(text, test, found, all(sum(counts.values(), [])))
+    if not wins:
+        return _untested(text, test, "the arms to compare were not trained")
+    return _claim(text, test, f"in {sum(wins)} of {len(wins)} comparisons; {'; '.join(found)}", all(wins))
 
 
 def _compare(rows, text, better, worse):
@@ -374,7 +418,7 @@ def _compare(rows, text, better, worse):
     test = f"{better} has a lower MSE than {worse}, backbone by backbone"
     if not pretrained:
         found = "no pretrained weights were at hand" if pairs else "the arms to compare were not trained"
-        return {"claim": text, "test": test, "found": found, "held": "not tested"}
+        return _untested(text, test, found)
     wins = sum(a["mse"] < b["mse"] for a, b in pretrained)
     origins = " and ".join(dict.fromkeys(a["weights"] for a, _ in pretrained))
     return _claim(text, test, f"in {wins} of {len(pretrained)} comparisons ({origins} weights)",
@@ -383,6 +427,10 @@ def _compare(rows, text, better, worse):
 
 def _claim(text, test, found, held):
     return {"claim": text, "test": test, "found": found, "held": "held" if held else "did not hold"}
+
+
+def _untested(text, test, found):
+    return {"claim": text, "test": test, "found": found, "held": "not tested"}
 
 
 def _row(metrics):

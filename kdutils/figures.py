@@ -18,8 +18,8 @@ from kdutils.settings import ARMS
 MOST_POINTS = 20_000  # of an interactive cloud: a third of a megabyte in the notebook
 _LEVELS = 6  # grey levels a channel of the colours that an interactive cloud uses
 TEST, TRAIN = "#d1495b", "#30638e"
-BACKBONE_COLOURS = {"cnn": "#8a6d9b", "mobilenet": "#edae49", "vit": "#30638e", "anchornet": "#d1495b",
-                    "original": "#66a182"}  # fmt: skip
+BACKBONE_COLOURS = {"cnn": "#8a6d9b", "mobilenet": "#edae49", "vit16": "#30638e", "vit32": "#3fa7d6",
+                    "vit64": "#1b998b", "anchornet": "#d1495b", "original": "#8d99ae"}  # fmt: skip
 FILLINGS = {"unfrozen": "full", "frozen": "none", "scratch": "left"}
 
 
@@ -36,7 +36,7 @@ def frame_grid(images, depths, titles, width=2.4):
     return _bare(figure, axes)
 
 
-def maps(rows, labels, value="", cmap="magma", width=2.4, least=0, most=np.inf, titles=()):
+def maps(rows, labels, value="", cmap="plasma", width=2.4, least=0, most=np.inf, titles=()):
     """Pictures in rows: RGB ``(H, W, 3)`` as they are, ``(H, W)`` in colour on one scale with a colour bar.
 
     Args:
@@ -78,7 +78,7 @@ def panels(arrays, titles, scales=None, width=3.4):
     return _bare(figure, axes)
 
 
-def two_clouds(before, after, poses, titles, units=("m", "m")):
+def two_clouds(before, after, poses, titles, units=("m", "m"), names=("one", "other")):
     """Two clouds on top of each other, from above: once as they were and once as they are, each in its own unit."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     a, b = _views(poses)[0]
@@ -86,14 +86,16 @@ def two_clouds(before, after, poses, titles, units=("m", "m")):
         for points, colour in zip(clouds, (TRAIN, TEST)):
             points, _ = thin(points, points, 8000)
             axis.scatter(points[:, a], points[:, b], s=0.6, color=colour, linewidths=0, rasterized=True)
-        axis.plot(poses[:, a, 3], poses[:, b, 3], "k^", ms=6)
+        (cameras,) = axis.plot(poses[:, a, 3], poses[:, b, 3], "k^", ms=6, label="cameras")
         axis.set(title=title, xlabel=f"{'xyz'[a]} in {unit}", ylabel=f"{'xyz'[b]} in {unit}", aspect="equal")
+    patches = [Patch(color=colour, label=name) for colour, name in zip((TRAIN, TEST), names)]
+    figure.legend(handles=[*patches, cameras], loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
 def scene_coordinates(points, low, high, mask=None):
-    """World points ``(..., 3)`` as colours, so that every place in the room has a colour of its own."""
-    colours = np.clip((points - low) / (high - low), 0, 1)
+    """World points ``(..., 3)`` as colours, so that every place in the room has a colour of its own; white has none."""
+    colours = 0.85 * np.clip((points - low) / (high - low), 0, 1)
     return colours if mask is None else np.where(mask[..., None], colours, 1.0)
 
 
@@ -164,7 +166,7 @@ def training_curves(histories, baseline=None):
     figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
     for name, history in histories.items():
         steps, mse = zip(*((row["step"], row["validation_mse"]) for row in history))
-        axis.plot(steps, mse, _line_style(name), color=_colour(name), alpha=_strength(name), label=name)
+        axis.plot(steps, mse, _line_style(name), color=_colour(name), label=name)
     if baseline is not None:
         axis.axhline(baseline, color="black", lw=0.8, label="mean point")
     axis.set(xlabel="step", ylabel="validation MSE in m² per coordinate", yscale="log")
@@ -182,6 +184,7 @@ def pretraining_curves(log):
     for axis, label in ((left, "median error in %"), (right, "median rotation error in degrees")):
         axis.set(xlabel="minutes", ylabel=label, yscale="log")
         axis.grid(alpha=0.3, which="both")
+        plain_ticks(axis.yaxis)
     left.legend()
     return figure
 
@@ -244,8 +247,8 @@ def cost_against_error(rows):
 
 
 def plain_ticks(axis):
-    """Ticks of a logarithmic axis as plain numbers: 2, 5, 10, 20 instead of powers of ten."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Ticks of a logarithmic axis as plain numbers: 2, 3, 5, 7, 10, 15 instead of powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(NullFormatter())
 
@@ -410,20 +413,16 @@ def _colour(arm):
     return BACKBONE_COLOURS[_backbone(arm)]
 
 
-def _strength(arm):
-    return {"vit32": 0.6, "vit64": 0.3}.get(arm.split("-")[0], 1.0)
-
-
 def _look(arm):
     """An arm's marker: its colour tells the backbone, its filling the start."""
-    look = {"color": _colour(arm), "alpha": _strength(arm), "marker": "o", "ls": "", "markersize": 7}
+    look = {"color": _colour(arm), "marker": "o", "ls": "", "markersize": 7}
     return look | {"fillstyle": FILLINGS[ARMS[arm].start], "markerfacecoloralt": "white"}
 
 
 def _legend(rows):
     """What colours and fillings stand for."""
-    kinds = {row["arm"].split("-")[0]: row["arm"] for row in rows}
-    colours = [Patch(color=_colour(arm), alpha=_strength(arm), label=kind) for kind, arm in kinds.items()]
+    there = {_backbone(row["arm"]) for row in rows}
+    colours = [Patch(color=colour, label=kind) for kind, colour in BACKBONE_COLOURS.items() if kind in there]
     starts = {ARMS[row["arm"]].start for row in rows}
     return [*colours, *(Line2D([], [], color="black", marker="o", ls="", fillstyle=filling, markerfacecoloralt="white",
                                label=start) for start, filling in FILLINGS.items() if start in starts)]  # fmt: skip

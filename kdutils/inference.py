@@ -15,14 +15,16 @@ CPU_BYTES = 160 * 2**20  # for each of the two kinds of results that are remembe
 CUDA_SHARE = 0.15  # the same, of the device's memory
 CUDA_BYTES_PER_PIXEL = 4096  # of one pair in the DPT head, generously
 MOST_BATCH = 32  # more gains nothing on any device
+CUDA_ENCODED = 8  # images that are encoded together: one alone keeps a GPU waiting for its kernels' launches
 LARGEST_HALF = 65504
 
 
 class DUSt3RTeacher:
     """DUSt3R as a teacher, see ``kdutils.teachers``.
 
-    The answer about a pair does not depend on what was asked before: images are encoded one by one, and a call's pairs
-    are always cut into the same batches. So a run that was killed and goes on ends with the same files.
+    The answer about a pair does not depend on what was asked before: images are encoded one by one, or on CUDA always
+    with the same neighbours, and a call's pairs are always cut into the same batches. So a run that was killed and goes
+    on ends with the same files.
 
     Args:
         frames: ``frames.image`` is ``(N, H, W, 3)`` uint8 RGB, or a list of N such images of various sizes; all sides
@@ -40,8 +42,10 @@ class DUSt3RTeacher:
         self.images, self.model, self.name = frames.image, model, name
         self.device = model.enc_norm.weight.device
         self.is_half = self.device.type == "cuda"
-        for size in {image.shape[:2] for image in self.images}:
+        sizes = {image.shape[:2] for image in self.images}
+        for size in sizes:
             dust3r.check_size(size)
+        self.encoded = CUDA_ENCODED if self.is_half and len(sizes) == 1 else 1  # images that are encoded together
         largest = max((image.shape[:2] for image in self.images), key=np.prod, default=(1, 1))
         self.batch = batch or fitting_batch(self.device, largest)
         memory = CPU_BYTES
@@ -86,7 +90,7 @@ class DUSt3RTeacher:
                       for name, value in answer.items()}  # fmt: skip
             copied = torch.cuda.Event() if self.device.type == "cuda" else None
             if copied:
-                copied.record()
+                copied.record(torch.cuda.current_stream(self.device))  # the model's need not be the current device
             if waiting:
                 yield _arrived(*waiting)
             waiting = which, halves, copied
@@ -121,7 +125,7 @@ class DUSt3RTeacher:
     @torch.inference_mode()
     def _decode(self, pairs):
         sizes = [self.images[image].shape[:2] for image in pairs[0]]
-        tokens = [torch.stack([self._tokens[image] for image in view]).float() for view in pairs.T.tolist()]
+        tokens = [torch.stack([self._tokens_of(image) for image in view]).float() for view in pairs.T.tolist()]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
             layers = self.model.decoder_layers(*tokens, *sizes)
         # The head's maps are far larger than the decoder's tokens, and on a CPU gain nothing from a batch.
@@ -137,16 +141,21 @@ class DUSt3RTeacher:
         known = [self._finest[image, view] for image in images]
         return None if known[0] is None else torch.cat(known)
 
-    def _encode(self, image):
-        pixels = torch.from_numpy(np.array(self.images[image])).to(self.device).permute(2, 0, 1)[None]
+    def _tokens_of(self, image):
+        group, place = divmod(image, self.encoded)
+        return self._tokens[group][place]
+
+    def _encode(self, group):
+        images = self.images[group * self.encoded : (group + 1) * self.encoded]
+        pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         artefacts.release(self.images)  # no image is read twice
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
-            tokens = self.model.encode(pixels / 127.5 - 1)[0]
+            tokens = self.model.encode(pixels / 127.5 - 1)
         return tokens.half() if self.is_half else tokens
 
     def _finest_of(self, image_and_view):
         image, view = image_and_view
-        return self.model.finest(self._tokens[image][None], self.images[image].shape[:2], view)
+        return self.model.finest(self._tokens_of(image)[None], self.images[image].shape[:2], view)
 
 
 def _arrived(which, halves, copied):

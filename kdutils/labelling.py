@@ -10,7 +10,7 @@ from kdutils import artefacts
 from kdutils.teachers import PairPointmaps
 
 BYTES_PER_PIXEL = 2 * 4 * 2  # two views, x y z and confidence, half precision
-SHARD_BYTES = 32 * 2**20  # what a killed run loses at most, and what waits in memory for the disk
+SHARD_BYTES = 32 * 2**20  # what waits in memory for the disk, but for teachers that work on more at a time
 MOST_PAIRS_PER_SHARD = 64
 
 
@@ -67,7 +67,7 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
         size: (height, width) of the pointmaps, in pixels.
         folder: where shards and the manifest ``pairs.json`` go.
         inputs: digest of the frames; labels of other frames are made anew.
-        pairs_per_shard: by default as many as make ``SHARD_BYTES``.
+        pairs_per_shard: by default as many as make ``SHARD_BYTES``, and at least two of the teacher's batches.
         progress: called with ``total`` and ``initial``, in pairs, for a bar with ``update(pairs)``, e.g. ``tqdm``.
 
     Raises:
@@ -75,7 +75,7 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
             stays there.
     """
     folder, pairs = Path(folder), np.asarray(pairs).reshape(-1, 2)
-    per_shard = pairs_per_shard or int(np.clip(SHARD_BYTES // disk_bytes(1, size), 1, MOST_PAIRS_PER_SHARD))
+    per_shard = pairs_per_shard or _fitting_shard(teacher, size)
     settings = {**teacher.settings(), "inputs": inputs, "graph": artefacts.digest(pairs.tolist()),
                 "pairs_per_shard": per_shard}  # fmt: skip
     if artefacts.manifest_matches(folder / "pairs.json", settings):
@@ -102,6 +102,11 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
     manifest = {"settings": settings, "shards": len(chunks), "pairs": pairs.tolist()}
     artefacts.write_json(folder / "pairs.json", manifest)
     return PairShards(folder)
+
+
+def _fitting_shard(teacher, size):
+    least = 2 * getattr(teacher, "batch", 1)  # so that a GPU has a batch to work on while another one is taken
+    return int(np.clip(SHARD_BYTES // disk_bytes(1, size), min(least, MOST_PAIRS_PER_SHARD), MOST_PAIRS_PER_SHARD))
 
 
 def disk_bytes(pairs, size):

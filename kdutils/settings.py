@@ -177,7 +177,7 @@ _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
     pair_graph="overlap", window=3, vit_blocks=4, steps=200, batch=8, validations=4,
     first_scene_arms=tuple(name for name in ARMS if name not in ("anchornet-long", "original-cnn")),
-    other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit64-scratch", "anchornet-scratch"),
+    other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit16-scratch", "anchornet-scratch"),
 )  # fmt: skip
 PRESETS = {
     "smoke": replace(
@@ -192,7 +192,7 @@ PRESETS = {
     ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, steps=100_000, seconds=50, batch=16, validations=20, augmentation=STRONG,
+        most_train=1000, most_test=400, steps=100_000, seconds=40, batch=16, validations=10, augmentation=STRONG,
         first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS), vit_blocks=12, teacher="dust3r",
         other_teacher="depth",
     ),

@@ -4,6 +4,7 @@ Batches and augmentation are a function of seed and step alone, so a run that wa
 Started by torchrun, several processes share each batch (Hugging Face Accelerate joins them).
 """
 
+import copy
 import math
 import os
 import time
@@ -13,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch.optim.swa_utils import AveragedModel
 
 from kdutils import artefacts, losses, students
 from kdutils.augmentation import DRAWS
@@ -148,12 +148,13 @@ class _Run:
         learning = [p for p in student.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(learning, lr=plan.recipe.learning_rate,
                                            weight_decay=plan.recipe.weight_decay, fused=True)  # fmt: skip
-        averaged = plan.recipe.averaged
-        self.mean = AveragedModel(student, multi_avg_fn=_recent_mean, use_buffers=True) if averaged else None
+        # Not torch's AveragedModel, which makes the device wait for its counter in every step.
+        self.mean, self.averaged = copy.deepcopy(student) if plan.recipe.averaged else None, 0
         self._resume()
 
     def fit(self, examples, train_index, validation_index):
         torch.backends.cudnn.benchmark = not self.plan.deterministic
+        torch.backends.cudnn.benchmark_limit = 3  # ten by default: half a minute for a network at full resolution
         torch.use_deterministic_algorithms(self.plan.deterministic, warn_only=True)
         self.learner = _joined(torch.compile(self.student) if self.plan.compile else self.student, self.device)
         self.started, self.before = time.perf_counter(), self.seconds
@@ -167,8 +168,9 @@ class _Run:
                 self._report(done, f"loss {float(summed) / count:.4f}")
             done = self._done()
             if done >= due:
+                loss = float(summed) / count  # waits for the device, so that its seconds are counted
                 self.learning_seconds += time.perf_counter() - self.started - (self.seconds - self.before)
-                self._validate(examples, validation_index, float(summed) / count, done)
+                self._validate(examples, validation_index, loss, done)
                 due, summed, count = self._next_validation(done), 0.0, 0
         self.student.load_state_dict(self.best["student"])
 
@@ -204,12 +206,23 @@ class _Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimiser.step()
-        if self.mean and done >= 0.5:
-            self.mean.update_parameters(self.student)
+        if self.mean is not None and done >= 0.5:
+            self._average()
         return loss.detach()
 
+    def _average(self):
+        """Move the mean towards the latest weights: over about the last tenth of the steps, however many there are."""
+        share = 10 / (self.averaged + 10)  # polynomial-decay averaging (Shamir and Zhang, arXiv 1212.1824, section 4)
+        both = list(zip(self.mean.state_dict().values(), self.student.state_dict().values()))
+        means, weights = zip(*(pair for pair in both if pair[0].is_floating_point()))
+        torch._foreach_lerp_(means, weights, share)
+        for counted, count in both:
+            if not counted.is_floating_point():
+                counted.copy_(count)
+        self.averaged += 1
+
     def _validate(self, examples, validation_index, train_loss, done):
-        student = self.mean.module if self.mean and self.mean.n_averaged else self.student
+        student = self.mean if self.averaged else self.student
         train_loss = _agreed(train_loss, self.device)
         mse = _agreed(validation_mse(student, examples, validation_index), self.device)
         if not math.isfinite(train_loss + mse):
@@ -236,7 +249,7 @@ class _Run:
         state = {"settings": artefacts.digest(self.settings), "step": self.step, "seconds": self.seconds,
                  "learning_seconds": self.learning_seconds, "history": self.history, "best": self.best,
                  "student": self.student.state_dict(), "optimiser": self.optimiser.state_dict(),
-                 "mean": self.mean and self.mean.state_dict()}  # fmt: skip
+                 "mean": self.mean and self.mean.state_dict(), "averaged": self.averaged}  # fmt: skip
         artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
     def _resume(self):
@@ -249,6 +262,7 @@ class _Run:
         self.optimiser.load_state_dict(state["optimiser"])
         if self.mean:
             self.mean.load_state_dict(state["mean"])
+            self.averaged = state["averaged"]
         self.step, self.history, self.best = state["step"], state["history"], state["best"]
         self.seconds, self.learning_seconds = state["seconds"], state["learning_seconds"]
 
@@ -274,14 +288,6 @@ def _agreed(number, device):
     number = torch.tensor(number, device=device)
     torch.distributed.broadcast(number, 0)
     return float(number)
-
-
-def _recent_mean(mean, weights, count):
-    """Moves a mean towards the latest weights: over about the last tenth of the steps, however many there are."""
-    if mean[0].is_floating_point():  # polynomial-decay averaging (Shamir and Zhang, arXiv 1212.1824, section 4)
-        torch._foreach_lerp_(mean, weights, 10 / (float(count) + 10))
-    else:
-        torch._foreach_copy_(mean, weights)
 
 
 def _joined(student, device):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from kdutils import evaluation, geometry, students, training
+from kdutils import artefacts, evaluation, geometry, students, training
 from kdutils.settings import ABLATION_ARMS, ARMS, Study
 from kdutils.students import Prediction
 from kdutils.teachers import DepthTeacher, PairPointmaps
@@ -206,7 +206,7 @@ def metrics(arm, mse, weights="random"):
         "weights_note": "", "against_teacher": against, "against_depth": {**against, "mse": 2 * mse},
         "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6, "half_megabytes": 14e-6},
         "localisation": {"translation": 0.07, "rotation": 2.5, "within_5cm_5deg": 0.3, "within_2cm_2deg": 0.1},
-        "training": {"steps": 200, "batch": 8, "loss": ARMS[arm].loss or "mse"},
+        "training": {"steps": round(200 * ARMS[arm].budget), "batch": 8, "loss": ARMS[arm].loss or "mse"},
         "timing": {"latency_ms": 1 / 3, "localised_milliseconds": 6.0, "train_seconds": 2.0,
                    "train_images_per_second": 800.0},
         "machine": "a machine",
@@ -282,10 +282,22 @@ def test_table_has_the_arms_proper_best_first(rows):
 
 def test_ablations_compare_what_was_trained(rows):
     assert evaluation.ablation_groups(rows) == {  # none with itself alone
-        "MobileNet frozen, half the steps: loss": {"mse": 0.2, "l1": 0.02},
-        "MobileNet frozen: steps": {"0.125x": 0.4, "0.5x": 0.2},
-        "AnchorNet: steps": {"1x": 0.1, "8x": 0.05},
+        "MobileNet frozen, half the budget: loss": {"mse": 0.2, "l1": 0.02},
+        "MobileNet frozen: steps": {"25": 0.4, "100": 0.2},
+        "AnchorNet: steps": {"200": 0.1, "1600": 0.05},
     }
+
+
+def test_spread_is_over_the_seeds_that_were_trained(rows, monkeypatch):
+    for seed, mse in (7, 0.3), (11, 0.2):
+        study = Study("kitchen", "smoke", "depth", "cpu", seed)
+        artefacts.write_json(study.run_folder("anchornet-scratch") / "metrics.json", metrics("anchornet-scratch", mse))
+    by_arm = evaluation.over_seeds(Study("kitchen", "smoke", "depth", "cpu", 7))
+    assert len(by_arm) == 6 and by_arm["anchornet-scratch"] == {"0": 0.1, "7": 0.3, "11": 0.2}
+    names, _, *lines = cells(evaluation.spread(by_arm))
+    assert len(names) == 4 and [line[0] for line in lines][:3] == ["anchornet-long", "cnn-scratch", "anchornet-scratch"]
+    assert lines[2] == ["anchornet-scratch", "3", "0.2000", "0.1000 to 0.3000"]
+    assert lines[0] == ["anchornet-long", "1", "0.0500", "0.0500 to 0.0500"]
 
 
 def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
@@ -318,12 +330,12 @@ def test_open_questions_are_answered_by_the_rows(rows):
     assert "original-cnn has 6.0 times its MSE" in peers
     assert "original-mobilenet (random weights) has 7.0 times" in peers
     assert found["Do other distillation losses help?"] == (
-        "kitchen: after 200 steps l1 is best with 0.0200 m², the paper's MSE gives 0.2000"
+        "kitchen: after 100 steps l1 is best with 0.0200 m², the paper's MSE gives 0.2000"
     )
     worse = [{**row, "mse": 0.3} if row["arm"] == "mobilenet-frozen-l1" else row for row in rows]
     found_then = {answer["question"]: answer["found"] for answer in evaluation.open_questions(worse)}
     assert found_then["Do other distillation losses help?"] == (
-        "kitchen: after 200 steps mse is best with 0.2000 m², l1 gives 0.3000"
+        "kitchen: after 100 steps mse is best with 0.2000 m², l1 gives 0.3000"
     )
     two = evaluation.open_questions([*rows, *({**row, "scene": "office"} for row in rows)])
     assert len(two) == len(found) and all(answer["found"].count("office: ") >= 1 for answer in two)

@@ -58,7 +58,7 @@ def test_thinning_is_even():
 def test_scene_coordinates_closed_form():
     points = np.array([LOW, HIGH, (LOW + HIGH) / 2, HIGH + 1])
     mask = np.array([True, True, True, False])
-    assert_allclose(figures.scene_coordinates(points, LOW, HIGH), [[0] * 3, [1] * 3, [0.5] * 3, [1] * 3])
+    assert_allclose(figures.scene_coordinates(points, LOW, HIGH), [[0] * 3, [0.85] * 3, [0.425] * 3, [0.85] * 3])
     points[0, 0] = np.nan
     assert_array_equal(figures.scene_coordinates(points, LOW, HIGH, mask)[3], [1, 1, 1])
 
@@ -262,7 +262,7 @@ def test_cost_against_error(draw):
     for axis in (size, latency):
         assert axis.lines[0].get_marker() == axis.lines[2].get_marker() != axis.lines[1].get_marker()
         colours = [to_rgb(line.get_color()) for line in axis.lines[:3]]
-        assert colours == [to_rgb(figures.BACKBONE_COLOURS[name]) for name in ("vit", "cnn", "original")]
+        assert colours == [to_rgb(figures.BACKBONE_COLOURS[name]) for name in ("vit16", "cnn", "original")]
     named = {text.get_text() for text in latency.get_legend().get_texts()}
     assert named == {"kitchen", "office", "vit16", "cnn", "original", "frozen", "scratch"}
 

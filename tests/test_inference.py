@@ -73,6 +73,15 @@ def test_every_image_is_encoded_once_whatever_the_memory(model, monkeypatch, tmp
     assert list(tmp_path.iterdir()) == []  # the file of encoded images has no name, so a killed run leaves none
 
 
+@pytest.mark.parametrize("together", [2, 3, 8])
+def test_images_that_are_encoded_together_say_what_they_say_alone(model, together):
+    frames, graph = make_frames(5), np.array([[0, 4], [4, 0], [2, 1], [3, 2]])
+    alone, grouped = (inference.DUSt3RTeacher(frames, model) for _ in range(2))
+    grouped.encoded = together
+    for one, other in zip(alone(graph), grouped(graph)):
+        assert_allclose(one, other, **HALF)
+
+
 def test_without_a_folder_images_are_encoded_again(model, monkeypatch):
     expected = inference.DUSt3RTeacher(make_frames(4), model, batch=2)(PAIRS)
     monkeypatch.setattr(inference, "CPU_BYTES", 0)

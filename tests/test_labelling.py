@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -271,3 +272,10 @@ def test_full_disk_loses_nothing(tmp_path):
 def test_missing_labels_name_the_notebook(tmp_path):
     with pytest.raises(FileNotFoundError, match="notebook 02"):
         labelling.PairShards(tmp_path)
+
+
+@pytest.mark.parametrize(("batch", "size", "pairs"), [(2, (384, 512), 10), (32, (384, 512), 64), (7, (384, 512), 14),
+                                                      (99, (384, 512), 64), (None, (96, 128), 64)])  # fmt: skip
+def test_a_shard_holds_two_of_the_teachers_batches(batch, size, pairs):
+    teacher = SimpleNamespace(batch=batch) if batch else SimpleNamespace()
+    assert labelling._fitting_shard(teacher, size) == pairs

@@ -116,9 +116,9 @@ def test_real_camera_paths(file):
         pytest.skip(f"{PATHS} is not there: it is no part of the repository")
     _, poses, focal = scenes.read_camera_path(file)
     intrinsics = np.array([[focal[0], 0, 648], [0, focal[0], 484], [0, 0, 1]])
-    started = time.perf_counter()
+    started = time.process_time()
     edges = overlap.overlap_graph(poses, intrinsics, (968, 1296))
-    assert time.perf_counter() - started < 15  # 1.5 s on two quiet cores
+    assert time.process_time() - started < 15  # 1.5 s on quiet cores
     degree = degrees(edges, len(poses))
     assert degree.max() <= 6 and degree.mean() > 5
     assert pairs.components(edges.images, len(poses))[0] == 1
