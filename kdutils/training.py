@@ -170,8 +170,9 @@ class _Run:
             if done >= due:
                 loss = float(summed) / count  # waits for the device, so that its seconds are counted
                 self.learning_seconds += time.perf_counter() - self.started - (self.seconds - self.before)
+                began = time.perf_counter()
                 self._validate(examples, validation_index, loss, done)
-                due, summed, count = self._next_validation(done), 0.0, 0
+                due, summed, count = self._next_validation(done, time.perf_counter() - began), 0.0, 0
         self.student.load_state_dict(self.best["student"])
 
     def _done(self):
@@ -182,9 +183,12 @@ class _Run:
         spent = self.before + time.perf_counter() - self.started
         return max(by_steps, _agreed(spent / self.plan.seconds, self.device))
 
-    def _next_validation(self, done):
-        """The share of the budget at which the next validation is due."""
-        return min(1, (math.floor(done * self.plan.validations + 1e-9) + 1) / self.plan.validations)
+    def _next_validation(self, done, last=0.0):
+        """The share of the budget at which the next validation is due; the last one took so many seconds."""
+        due = (math.floor(done * self.plan.validations + 1e-9) + 1) / self.plan.validations
+        if self.plan.seconds:  # of which validations take a tenth at most
+            due = max(due, done + _agreed(10 * last / self.plan.seconds, self.device))
+        return min(1, due)
 
     def _learn(self, examples, train_index, done):
         generator = torch.Generator().manual_seed(hash((self.plan.seed, self.step)) % 2**63)
