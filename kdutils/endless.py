@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from kdutils import artefacts, overlap, rooms
-from kdutils import render as caster
 
 TRAINING_SEEDS, HELD_OUT_SEEDS = 10_000_000, 20_000_000  # the first of each range
 SEQUENCES, WALK = (0, 1, 2), 90  # every room's three walks, and the frames of a whole walk
@@ -72,9 +71,9 @@ def _seen(room, poses, size, device):
     wide = torch.diag(plain.new_tensor([2, 1, 1])) @ plain  # pixels half as wide
     images, depth = [], []
     for part in poses.split(16):
-        fine = caster.picture(scene, part, wide, (height, 2 * width))
+        fine = rooms.picture(scene, part, wide, (height, 2 * width))
         images.append(fine.unflatten(2, (width, 2)).float().mean(3).round().byte())
-        depth.append(caster.trace(scene, part, plain, size)[0].half())
+        depth.append(rooms.trace(scene, part, plain, size)[0].half())
     return torch.cat(images), torch.cat(depth)
 
 
@@ -112,7 +111,7 @@ def rooms_of(numbers, size, device="cpu", folder=None, held_out=False):
     room = partial(room_views, size=tuple(size), folder=folder, held_out=held_out)
     on_cpu = torch.device(device).type == "cpu"
     workers = 1 if on_cpu else max(1, min((os.cpu_count() or 1) - 1, len(numbers)))
-    arrays = caster.parallel_map(partial(_arrays_of, room), numbers, workers)
+    arrays = rooms.parallel_map(partial(_arrays_of, room), numbers, workers)
     return (RoomViews(*map(torch.from_numpy, fields)).to(device) for fields in arrays)
 
 

@@ -217,6 +217,7 @@ def results(rows, baseline=None, paper=None):
     axis.grid(axis="y", color="#e3e6ea", lw=0.8)
     axis.set_axisbelow(True)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows], fontsize=8)
+    axis.invert_yaxis()  # best first, as in the tables
     for value, name, style in ((baseline, "mean point", ":"), (paper, "paper's ViT", "--")):
         if value:
             axis.axvline(value, color="black", lw=0.9, ls=style, label=name)

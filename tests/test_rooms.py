@@ -9,7 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kdutils import geometry, render, rooms
+from kdutils import geometry, rooms
+from kdutils.rooms import building, light, solids
+from kdutils.rooms import files as files_on_disk
 
 SMALL = {"sequences": (16, 24, 24), "every": 4, "color_size": (60, 80), "depth_size": (48, 64)}
 SIZE = (90, 120)
@@ -29,7 +31,7 @@ def built():
     return {kind: rooms.build_room(kind, 5) for kind in rooms.KINDS}
 
 
-BAKE = render.bake_light
+BAKE = light.bake_light
 
 
 def bake_coarsely(scene, workers=0):
@@ -39,13 +41,13 @@ def bake_coarsely(scene, workers=0):
 @pytest.fixture
 def dim(monkeypatch):
     """Coarse light, for what does not depend on it: lighting a room takes longer than a small room's frames."""
-    monkeypatch.setattr(render, "bake_light", bake_coarsely)
+    monkeypatch.setattr(building, "bake_light", bake_coarsely)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "bake_light", bake_coarsely)
+        patch.setattr(building, "bake_light", bake_coarsely)
         return rooms.write_room(tmp_path_factory.mktemp("rooms") / "kitchen", "kitchen", 3, **SMALL)
 
 
@@ -87,18 +89,18 @@ def test_tiles_see_what_a_search_through_all_primitives_sees(built, kind):
     for pose, depth in zip(torch.tensor(poses, dtype=torch.float32), depths):
         rays = torch.tensor(geometry.pixel_rays(k, *SIZE), dtype=torch.float32).reshape(-1, 3)[::7] @ pose[:3, :3].T
         origin, direction = matrix @ pose[:3, 3] + offset, matrix @ rays.T
-        solid = render.entry(room.scene.shape[1:], origin[1:, :, None], direction[1:]).amin(0)
-        wall = render.leaving(origin[:1, :, None], direction[:1])[0]
+        solid = solids.entry(room.scene.shape[1:], origin[1:, :, None], direction[1:]).amin(0)
+        wall = solids.leaving(origin[:1, :, None], direction[:1])[0]
         error = (torch.minimum(solid, wall) - torch.tensor(depth.reshape(-1)[::7])).abs()
         assert (error < 1e-4).float().mean() > 0.995
 
 
 def test_round_shapes_are_hit_where_they_are():
-    shape = torch.tensor([render.BOX, render.CYLINDER, render.BALL])
+    shape = torch.tensor([solids.BOX, solids.CYLINDER, solids.BALL])
     origin = torch.tensor([-3.0, 0.6, 0.6]).repeat(3, 1)[..., None]
     direction = torch.tensor([1.0, 1e-9, 1e-9]).repeat(3, 1)[..., None]
     expected = [2, 3 - 0.8, 3 - (1 - 0.72) ** 0.5]
-    torch.testing.assert_close(render.entry(shape, origin, direction)[:, 0], torch.tensor(expected))
+    torch.testing.assert_close(solids.entry(shape, origin, direction)[:, 0], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("kind", rooms.KINDS)
@@ -222,7 +224,7 @@ def test_seed_decides_every_byte(written, tmp_path, dim):
 
 def test_light_is_the_same_again_and_with_other_workers(built):
     scene = rooms.furnish("kitchen", 5).scene
-    torch.testing.assert_close(render.bake_light(scene, workers=2).light, built["kitchen"].scene.light)
+    torch.testing.assert_close(light.bake_light(scene, workers=2).light, built["kitchen"].scene.light)
 
 
 def test_every_keeps_frames_of_the_same_path(written, tmp_path, dim):
@@ -243,7 +245,7 @@ def test_a_whole_room_is_left_alone_and_leftovers_are_not_a_room(written, tmp_pa
 
     few = {**SMALL, "sequences": (8, 8)}
     with monkeypatch.context() as patch:
-        patch.setattr(rooms, "_info", killed)
+        patch.setattr(files_on_disk, "_info", killed)
         with pytest.raises(KeyboardInterrupt):
             rooms.write_room(tmp_path / "room", "office", 1, **few)
     assert not (tmp_path / "room").exists()

@@ -1,0 +1,39 @@
+"""Small jobs in worker processes."""
+
+import torch
+
+
+def _as_is(result):
+    return result
+
+
+class _Calls(torch.utils.data.Dataset):
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        with torch.inference_mode():
+            return self.function(self.items[index])
+
+
+def parallel_map(function, items, workers):
+    """Results of ``function(item)`` in order, from worker processes.
+
+    Their torch runs on one thread each: the many small operations here lose more than they gain when each is split
+    over threads, most of all on a machine with other work.
+    """
+    if not workers:
+        return (function(item) for item in items)
+    # Without a generator of its own the loader would draw on the caller's random numbers.
+    return iter(
+        torch.utils.data.DataLoader(
+            _Calls(function, items),
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_is,
+            generator=torch.Generator(),
+        )
+    )
