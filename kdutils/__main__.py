@@ -22,7 +22,7 @@ import torch
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from kdutils import artefacts, evaluation, scenes, shipped, stages
+from kdutils import artefacts, reporting, scenes, shipped, stages
 from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -249,7 +249,7 @@ def package_digest():
 
 def summarise(studies, failures, seconds):
     """What came out: one line an arm, and where to look."""
-    rows = [row for study in studies for row in evaluation.collect(study)]
+    rows = [row for study in studies for row in reporting.collect(study)]
     wide = 2 + max((len(row["arm"]) for row in rows), default=20)
     print(f"\n{'scene':<18}{'arm':<{wide}}{'MSE m²':>10}{'median cm':>11}{'to depth cm':>13}{'MB':>7}")
     for row in rows:

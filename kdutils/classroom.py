@@ -7,7 +7,7 @@ from functools import cached_property
 import matplotlib.pyplot as plt
 import numpy as np
 
-from kdutils import artefacts, evaluation, figures, localisation, losses, stages, teachers, training
+from kdutils import artefacts, evaluation, figures, localisation, losses, reporting, stages, teachers, training
 from kdutils.augmentation import Examples
 from kdutils.settings import ABLATION_ARMS, ARMS, PRESETS, Study
 
@@ -124,23 +124,23 @@ def side_by_side(classroom, arm, chosen, low, high):
 
 
 def keep_results(folder, rows, claims, over_seeds, studies):
-    """Plots, claims and answers, ``evaluation.over_seeds``, and last ``results.csv`` and ``results.json``."""
+    """Plots, claims and answers, ``reporting.over_seeds``, and last ``results.csv`` and ``results.json``."""
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
         _keep(results_plot(study, found), folder / f"results_{study.scene.replace('/', '_')}.png")
-        groups = evaluation.ablation_groups(found)
+        groups = reporting.ablation_groups(found)
         if groups:
             _keep(figures.ablations(groups), folder / f"ablations_{study.scene.replace('/', '_')}.png")
-    _keep(figures.cost_against_error(evaluation.without_ablations(rows)), folder / "cost_against_error.png")
+    _keep(figures.cost_against_error(reporting.without_ablations(rows)), folder / "cost_against_error.png")
     artefacts.write_json(folder / "claims.json", claims)
     artefacts.write_json(folder / "seeds.json", over_seeds)
-    evaluation.write_table(rows, folder / "results")
+    reporting.write_table(rows, folder / "results")
 
 
 def results_plot(study, rows):
     """The test MSE of a scene's arms, beside that of the mean point and the paper's."""
-    proper = evaluation.without_ablations(rows)
-    figure = figures.results(proper, rows[0]["mean_point_mse"], evaluation.paper_mse(study.scene))
+    proper = reporting.without_ablations(rows)
+    figure = figures.results(proper, rows[0]["mean_point_mse"], reporting.paper_mse(study.scene))
     figure.axes[0].set_title(f"{study.scene}, teacher {study.teacher}")
     return figure
 
@@ -163,7 +163,7 @@ def finished(study, chosen="all"):
     """
     names = study.preset.scenes if chosen == "all" else chosen.split(",")
     siblings = [Study(name, study.preset_name, study.teacher, str(study.device), study.seed) for name in names]
-    done = [sibling for sibling in siblings if evaluation.collect(sibling)]
+    done = [sibling for sibling in siblings if reporting.collect(sibling)]
     if not done:
         raise stages.MissingStage(f"no student of {', '.join(names)} is trained: run notebooks 04 and 05 first.")
     return done
@@ -190,7 +190,7 @@ def main(argv=None):
     for arm in options.arms or study.arms:
         room.teach(arm)
     if training.RANK == 0:
-        print(evaluation.table(evaluation.collect(study)))
+        print(reporting.table(reporting.collect(study)))
 
 
 if __name__ == "__main__":

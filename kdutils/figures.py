@@ -206,7 +206,7 @@ def results(rows, baseline=None, paper=None):
     """Test MSE of every arm on a logarithmic axis; a cross where pretrained weights could not be had.
 
     Args:
-        rows: see ``evaluation.collect``. baseline: MSE of the mean point. paper: the paper's MSE on such rooms.
+        rows: see ``reporting.collect``. baseline: MSE of the mean point. paper: the paper's MSE on such rooms.
     """
     rows = sorted(rows, key=lambda row: row["mse"])
     figure, axis = plt.subplots(figsize=(8, 0.32 * len(rows) + 1.2), layout="constrained")

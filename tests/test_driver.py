@@ -1,4 +1,4 @@
-"""The driver's own decisions: which scenes, which parameters, where results go, and what the claims say."""
+"""The driver's own decisions: which scenes, which parameters, where results go."""
 
 import os
 import shutil
@@ -11,69 +11,8 @@ import torch
 from test_scenes import write_scene
 
 from kdutils import __main__ as driver
-from kdutils import evaluation, shipped, stages
+from kdutils import shipped, stages
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS, PRESETS, REPOSITORY, Study
-
-
-def row(scene, arm, mse, unpretrained=False, megabytes=8.0, of=("dust3r", "study")):
-    return {"scene": scene, "arm": arm, "label": arm, "mse": mse, "mean_point_mse": 1.0, "megabytes": megabytes,
-            "teacher": of[0], "preset": of[1], "unpretrained": unpretrained,
-            "weights": "random" if unpretrained else "shipped"}  # fmt: skip
-
-
-def verdicts(rows):
-    return {claim["claim"]: claim["held"] for claim in evaluation.claims(rows)}
-
-
-def test_claims_hold_when_the_rows_say_so():
-    rows = [row("kitchen", "vit16-unfrozen", 0.0010), row("kitchen", "vit16-frozen", 0.0020),
-            row("kitchen", "vit16-scratch", 0.0030), row("kitchen", "cnn-scratch", 0.0040)]  # fmt: skip
-    assert set(verdicts(rows).values()) == {"held"}
-
-
-def test_claims_fail_when_the_rows_say_so():
-    rows = [row("office", "vit16-unfrozen", 0.4), row("office", "vit16-frozen", 0.3),
-            row("office", "vit16-scratch", 0.2), row("office", "cnn-scratch", 0.15, megabytes=46)]  # fmt: skip
-    assert set(verdicts(rows).values()) == {"did not hold"}
-
-
-def test_claims_are_on_the_papers_own_arms():
-    paper = [row("kitchen", "vit16-scratch", 0.2), row("kitchen", "cnn-scratch", 0.3)]
-    others = [row("kitchen", arm, 1e-4, megabytes=60) for arm in ARMS if arm not in PAPER_ARMS]
-    assert evaluation.claims(paper + others) == evaluation.claims(paper)
-    assert verdicts(paper)["Students are small: 5 to 45 MB."] == "held"
-
-
-def test_claims_on_pretraining_are_not_tested_without_pretrained_weights():
-    rows = [row("office", "vit16-unfrozen", 0.1, unpretrained=True),
-            row("office", "vit16-frozen", 0.2, unpretrained=True), row("office", "vit16-scratch", 0.3)]  # fmt: skip
-    found = verdicts(rows)
-    assert found["A pretrained backbone is better unfrozen than frozen."] == "not tested"
-    assert found["Pretraining helps."] == "not tested"
-    assert found["The ViT is better than the CNNs."] == "not tested"  # there is no CNN
-    reasons = [{claim["found"] for claim in evaluation.claims(some) if claim["held"] == "not tested"}
-               for some in (rows, [row("office", "vit16-frozen", 0.2)])]  # fmt: skip
-    untrained = "the arms to compare were not trained"
-    assert reasons == [{"no pretrained weights were at hand", untrained}, {untrained}]
-
-
-def test_vits_and_cnns_are_compared_start_by_start():
-    rows = [row("kitchen", "vit16-frozen", 0.01), row("kitchen", "mobilenet-frozen", 0.02),
-            row("kitchen", "vit16-scratch", 0.4), row("kitchen", "vit32-scratch", 0.08),
-            row("kitchen", "cnn-scratch", 0.09), row("office", "vit16-scratch", 0.2),
-            row("office", "cnn-scratch", 0.1)]  # fmt: skip
-    claim = next(claim for claim in evaluation.claims(rows) if "ViT" in claim["claim"])
-    assert claim["held"] == "did not hold"
-    assert claim["found"] == ("in 2 of 3 comparisons; kitchen: vit16-frozen 0.010 against mobilenet-frozen 0.020; "
-                              "kitchen: vit32-scratch 0.080 against cnn-scratch 0.090; "
-                              "office: vit16-scratch 0.200 against cnn-scratch 0.100")  # fmt: skip
-
-
-@pytest.mark.parametrize("of", [("compact", "study"), ("dust3r", "sample")])
-def test_the_papers_figure_is_not_compared_with_another_experiments(of):
-    rows = [row("kitchen", "vit16-scratch", 0.2, of=of), row("kitchen", "cnn-scratch", 0.001, of=of)]
-    claim = next(claim for claim in evaluation.claims(rows) if "0.0011" in claim["claim"])
-    assert claim["held"] == "not tested" and claim["found"].endswith("best here kitchen: cnn-scratch 0.0010 m²")
 
 
 def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):

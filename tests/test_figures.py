@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 from numpy.testing import assert_allclose, assert_array_equal
 
-from kdutils import evaluation, figures, geometry, overlap
+from kdutils import figures, geometry, overlap, reporting
 from kdutils.settings import ARMS
 
 K = np.array([[100.0, 0, 16], [0, 90, 12], [0, 0, 1]])
@@ -269,7 +269,7 @@ def test_cost_against_error(draw):
 
 def test_every_arm_has_a_colour_and_a_line(draw):
     history = [{"step": 1, "train_loss": 1.0, "validation_mse": 0.5}]
-    arms = evaluation.without_ablations([{"arm": arm} for arm in ARMS])
+    arms = reporting.without_ablations([{"arm": arm} for arm in ARMS])
     curves = draw(figures.training_curves({row["arm"]: history for row in arms}, baseline=1.5))
     assert len(curves.axes[0].lines) == len(arms) + 1
     draw(figures.cost_against_error([row(arm, 0.5) for arm in ARMS]))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdutils.evaluation import BRIEF_TABLE, claims_table, spread, table
+from kdutils.reporting import BRIEF_TABLE, claims_table, spread, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()

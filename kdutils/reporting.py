@@ -1,0 +1,299 @@
+"""What the arms' metrics say together: rows, tables, the paper's claims, and the questions that it left open."""
+
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+
+from kdutils import artefacts
+from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS, Study
+
+PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
+COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
+           "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
+           "depth_within_10cm", "localised_translation", "localised_rotation", "localised_within_5cm_5deg",
+           "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch", "parameters", "megabytes",
+           "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second", "machine")  # fmt: skip
+TABLE = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
+         "MB", "ms", "trained s")  # fmt: skip
+BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "within 5 cm, 5°", "trained s"))
+
+
+def paper_mse(scene):
+    """The paper's figure for rooms of this scene's kind, None where its name tells none."""
+    return next((mse for kind, mse in PAPER.items() if kind in scene), None)
+
+
+def collect(study):
+    """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``."""
+    paths = (study.run_folder(arm) / "metrics.json" for arm in ARMS)
+    return [_row(artefacts.read_json(path)) for path in paths if path.exists()]
+
+
+def over_seeds(study):
+    """Test MSE in m² of the arms proper, under each seed that the scene was trained with: arm -> {seed: MSE}."""
+    found = [re.fullmatch(r".+-seed(\d+)", folder.name) for folder in study.runs_folder.glob("*-seed*")]
+    mse = {}
+    for seed in sorted({0, *(int(match[1]) for match in found if match)}):
+        sibling = Study(study.given, study.preset_name, study.teacher, str(study.device), seed)
+        for row in without_ablations(collect(sibling)):
+            mse.setdefault(row["label"], {})[str(seed)] = row["mse"]
+    return mse
+
+
+def spread(by_arm):
+    """``over_seeds`` as a Markdown table, best mean first: what another seed changes in an arm's test MSE."""
+    ranked = sorted(((arm, [*mse.values()]) for arm, mse in by_arm.items()), key=lambda item: np.mean(item[1]))
+    lines = [[arm, str(len(mse)), f"{np.mean(mse):.4f}", f"{min(mse):.4f} to {max(mse):.4f}"] for arm, mse in ranked]
+    return markdown(("student", "seeds", "MSE m², mean", "lowest to highest"), lines)
+
+
+def without_ablations(rows):
+    """The rows of the arms proper."""
+    return [row for row in rows if row["arm"] not in ABLATION_ARMS]
+
+
+def write_table(rows, path):
+    """Rows as CSV, and last as JSON beside it."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _short(row[name]) for name in COLUMNS if name in row} for row in rows)
+    artefacts.write_text(Path(path).with_suffix(".csv"), text.getvalue())
+    artefacts.write_json(Path(path).with_suffix(".json"), rows)
+
+
+def markdown(names, lines):
+    """A Markdown table: column ``names``, and ``lines`` of as many texts."""
+    rows = [f"| {' | '.join(cells)} |" for cells in (names, *lines)]
+    return "\n".join([rows[0], "|---" * len(names) + "|", *rows[1:]])
+
+
+def table(rows, with_paper=False, columns=TABLE):
+    """Rows as a Markdown table, best first in each scene, with the scene's mean point and, if asked, the paper's.
+
+    The arms of the ablations are left out: they have a smaller budget.
+    """
+    rows, lines = without_ablations(rows), []
+    for scene in dict.fromkeys(row["scene"] for row in rows):
+        ranked = sorted((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
+        lines += [_cells(row) for row in ranked]
+        lines.append([scene, "*mean point*", f"{ranked[0]['mean_point_mse']:.4f}", *[""] * 8])
+    if with_paper:
+        paper = "*best ViT, teacher DUSt3R*"
+        lines += [[f"*paper, {kind}s*", paper, f"{mse}", *[""] * 8] for kind, mse in PAPER.items()]
+    return markdown(columns, [[line[TABLE.index(name)] for name in columns] for line in lines])
+
+
+def claims_table(found):
+    """``claims`` as a Markdown table."""
+    return markdown(("claim of the paper", "held if", "what we found", "held?"), [claim.values() for claim in found])
+
+
+def _cells(row):
+    return [row["scene"], row["label"], f"{row['mse']:.4f}", f"{100 * row['median']:.1f}", f"{row['within_10cm']:.1%}",
+            f"{100 * row['depth_median']:.1f}", f"{100 * row['localised_translation']:.0f}",
+            f"{row['localised_within_5cm_5deg']:.0%}", f"{row['megabytes']:.1f}", f"{row['latency_ms']:.1f}",
+            f"{row['train_seconds']:.0f}"]  # fmt: skip
+
+
+def claims(rows):
+    """What the paper claims, how it is tested here, what these rows say, and whether it held.
+
+    Args:
+        rows: of one or more scenes, see ``collect``; only the paper's own arms count.
+
+    Returns:
+        Dicts of texts: ``claim``, ``test``, ``found``, and ``held``: "held", "did not hold" or "not tested".
+    """
+    rows = [row for row in rows if row["arm"] in PAPER_ARMS]
+    if not rows:
+        return []
+    best = _best(rows)
+    ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())
+    sizes = [row["megabytes"] for row in rows]
+    return [
+        _claim("One image is enough to tell where its points are.",
+               "the best student's MSE is below a tenth of the mean point's", f"times below it: {ratios}",
+               all(row["mse"] < 0.1 * row["mean_point_mse"] for row in best.values())),
+        _paper_figure(rows, best),
+        _vit_or_cnn(rows),
+        _compare(rows, "A pretrained backbone is better unfrozen than frozen.", "unfrozen", "frozen"),
+        _compare(rows, "Pretraining helps.", "unfrozen", "scratch"),
+        _claim("Students are small: 5 to 45 MB.", "at most 45 MB at 32 bits",
+               f"{min(sizes):.1f} to {max(sizes):.1f} MB", max(sizes) <= 45),
+    ]  # fmt: skip
+
+
+def open_questions(rows):
+    """What the paper left open, and what these rows answer: dicts of ``question`` and ``found``."""
+    answers = []
+    for scene in dict.fromkeys(row["scene"] for row in rows):
+        here = {row["arm"]: row for row in rows if row["scene"] == scene}
+        answers += [(question, f"{scene}: {answer}") for question, answer in _answers(here)]
+    return [{"question": question, "found": "; ".join(found for asked, found in answers if asked == question)}
+            for question in dict.fromkeys(question for question, _ in answers)]  # fmt: skip
+
+
+def _answers(here):
+    """Questions and answers of one scene's rows, by arm."""
+    proper = without_ablations(here.values())
+    there, deep = (min(proper, key=lambda row: np.nan_to_num(row[figure], nan=np.inf))
+                   for figure in ("localised_translation", "depth_median"))  # fmt: skip
+    yield ("Can a student localise the camera?",
+           f"{there['label']} median {100 * there['localised_translation']:.1f} cm, "
+           f"{there['localised_rotation']:.1f}°, {there['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")
+    yield ("How far are students from the true depth?", f"{deep['label']} median {100 * deep['depth_median']:.1f} cm")
+    compared = []
+    for start in STARTS:
+        own = here.get(f"anchornet-{start}")
+        paper = [row for arm, row in here.items() if arm in PAPER_ARMS and PAPER_ARMS[arm].start == start]
+        if own and paper:
+            best = min(paper, key=lambda row: row["mse"])
+            compared.append(f"{own['label']} {own['mse']:.4f} m² against {best['mse']:.4f} ({best['label']})")
+    if compared:
+        yield "Is a network made for the task better, at the same steps and start?", ", ".join(compared)
+    own = here.get("anchornet-scratch")
+    for peer in (row for arm, row in here.items() if own and arm in ORIGINAL_ARMS):
+        yield ("And better than the original study's networks?",
+               f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
+               f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
+               f"{own['train_images_per_second']:.0f}")  # fmt: skip
+    frozen = [(name, here[random], here[frozen]) for name, frozen, random in _frozen_pairs()
+              if {frozen, random} <= set(here) and not here[frozen]["unpretrained"]]  # fmt: skip
+    if frozen:
+        gains = ", ".join(f"{name} {random['mse'] / pretrained['mse']:.1f}x" for name, random, pretrained in frozen)
+        note = " and ".join(dict.fromkeys(pretrained["weights"] for _, _, pretrained in frozen))
+        yield ("What is a pretrained backbone worth, frozen?",
+               f"a random one has so many times its MSE ({note} weights): {gains}")  # fmt: skip
+    losses = {row["loss"]: row for arm, row in here.items()
+              if arm in ABLATION_ARMS and ARMS[arm].loss and not row["unpretrained"]}  # fmt: skip
+    if "mse" in losses:
+        best, *others = sorted(losses.values(), key=lambda row: row["mse"])
+        compared = f"the paper's MSE gives {losses['mse']['mse']:.4f}"
+        if best["loss"] == "mse":
+            compared = ", ".join(f"{row['loss']} gives {row['mse']:.4f}" for row in others[:1])
+        yield ("Do other distillation losses help?",
+               f"after {best['steps']} steps {best['loss']} is best with {best['mse']:.4f} m², {compared}")  # fmt: skip
+
+
+def _frozen_pairs():
+    """Names of backbones, each with its frozen arm and the frozen arm whose weights stay random."""
+    return [(arm.removesuffix("-frozen-random"), arm.removesuffix("-random"), arm)
+            for arm in ABLATION_ARMS if arm.endswith("-frozen-random")]  # fmt: skip
+
+
+def ablation_groups(rows):
+    """Test MSE by one setting at a time, for one scene's rows: a title to a mapping of settings to m².
+
+    An arm that should have been pretrained and was not is left out.
+    """
+    mse = {row["arm"]: row["mse"] for row in rows if not row["unpretrained"]}
+    steps = {row["arm"]: row["steps"] for row in rows}
+    groups = {
+        **{f"ViT, {start}: patch": {str(patch): f"vit{patch}-{start}" for patch in (16, 32, 64)} for start in STARTS},
+        "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
+        "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
+        "Frozen backbone: pretrained or random": dict(
+            item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
+        "MobileNet frozen, half the budget: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
+        "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss, steps),
+        "AnchorNet: steps": _by_budget("anchornet", "scratch", RECIPES["anchornet"].loss, steps),
+    }  # fmt: skip
+    found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
+             for title, group in groups.items()}  # fmt: skip
+    return {title: group for title, group in found.items() if len(group) > 1}
+
+
+def _by_budget(backbone, start, loss, steps):
+    """Arms that differ by their budgets alone, by the steps that they took."""
+    arms = [arm for arm in ARMS.values() if (arm.backbone, arm.start, arm.weights) == (backbone, start, None)]
+    alike = sorted((arm.budget, arm.name) for arm in arms if arm.loss in (None, loss))
+    return {f"{steps[name]}": name for _, name in alike if name in steps}
+
+
+def located(row):
+    """The localisation figures of a row, as ``localisation.pose_errors`` gives them."""
+    return {name.removeprefix("localised_"): value for name, value in row.items() if name.startswith("localised_")}
+
+
+def place_cells(place):
+    """Localisation figures as texts for a table."""
+    return [f"{100 * place['translation']:.1f}", f"{place['rotation']:.2f}", f"{place['within_5cm_5deg']:.0%}",
+            f"{place['within_2cm_2deg']:.0%}", f"{place['milliseconds']:.0f}"]  # fmt: skip
+
+
+def _best(rows):
+    return {scene: min((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
+            for scene in dict.fromkeys(row["scene"] for row in rows)}  # fmt: skip
+
+
+def _paper_figure(rows, best):
+    """The paper's own figures, which only its own experiment can confirm or contradict."""
+    text = "The best student's test MSE is 0.0011 m² (kitchens) and 0.0012 m² (offices)."
+    found = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
+    if {(row["teacher"], row["preset"]) for row in rows} != {("dust3r", "study")}:
+        found = f"not comparable: another teacher, other rooms, a smaller budget; best here {found}"
+        return _untested(text, "below 0.0015, with the paper's teacher and rooms", found)
+    return _claim(text, "below 0.0015", f"best {found}", all(row["mse"] < 0.0015 for row in best.values()))
+
+
+def _vit_or_cnn(rows):
+    """A claim on the best ViT and the best CNN of each start, on all scenes that have both."""
+    wins, found = [], []
+    for scene in dict.fromkeys(row["scene"] for row in rows):
+        for start in STARTS:
+            here = [row for row in rows if row["scene"] == scene and PAPER_ARMS[row["arm"]].start == start]
+            vits, cnns = ([row for row in here if (PAPER_ARMS[row["arm"]].backbone == "vit") == is_vit]
+                          for is_vit in (True, False))  # fmt: skip
+            if vits and cnns:
+                vit, cnn = (min(kind, key=lambda row: row["mse"]) for kind in (vits, cnns))
+                wins.append(vit["mse"] < cnn["mse"])
+                found.append(f"{scene}: {vit['label']} {vit['mse']:.3f} against {cnn['label']} {cnn['mse']:.3f}")
+    text, test = "The ViT is better than the CNNs.", "the best ViT's MSE is below the best CNN's, start by start"
+    if not wins:
+        return _untested(text, test, "the arms to compare were not trained")
+    return _claim(text, test, f"in {sum(wins)} of {len(wins)} comparisons; {'; '.join(found)}", all(wins))
+
+
+def _compare(rows, text, better, worse):
+    """A claim on two starts of the same backbone, on all scenes that have both."""
+    by_arm = {(row["scene"], row["arm"]): row for row in rows}
+    pairs = [(row, by_arm[scene, f"{arm.split('-')[0]}-{worse}"]) for (scene, arm), row in by_arm.items()
+             if arm.endswith(f"-{better}") and (scene, f"{arm.split('-')[0]}-{worse}") in by_arm]  # fmt: skip
+    pretrained = [(a, b) for a, b in pairs if not a["unpretrained"] and not b["unpretrained"]]
+    test = f"{better} has a lower MSE than {worse}, backbone by backbone"
+    if not pretrained:
+        found = "no pretrained weights were at hand" if pairs else "the arms to compare were not trained"
+        return _untested(text, test, found)
+    wins = sum(a["mse"] < b["mse"] for a, b in pretrained)
+    origins = " and ".join(dict.fromkeys(a["weights"] for a, _ in pretrained))
+    return _claim(text, test, f"in {wins} of {len(pretrained)} comparisons ({origins} weights)",
+                  wins == len(pretrained))  # fmt: skip
+
+
+def _claim(text, test, found, held):
+    return {"claim": text, "test": test, "found": found, "held": "held" if held else "did not hold"}
+
+
+def _untested(text, test, found):
+    return {"claim": text, "test": test, "found": found, "held": "not tested"}
+
+
+def _row(metrics):
+    own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
+    depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
+    first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
+    arm = ARMS[metrics["arm"]]
+    unpretrained = metrics["weights"] == "random" and arm.start != "scratch" and arm.weights != "random"
+    label = metrics["arm"] + (" (random weights)" if unpretrained else "")
+    baseline = metrics["mean_point"]["mse"]
+    localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}
+    return {**first, "label": label, "unpretrained": unpretrained, **own, "mean_point_mse": baseline, **depth,
+            **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
+
+
+def _short(value):
+    return f"{value:.6g}" if isinstance(value, float) else value
