@@ -128,9 +128,10 @@ def keep_results(folder, rows, claims, over_seeds, studies):
     for study in studies:
         found = [row for row in rows if row["scene"] == study.scene]
         _keep(results_plot(study, found), folder / f"results_{study.scene.replace('/', '_')}.png")
-        groups = reporting.ablation_groups(found)
-        if groups:
-            _keep(figures.ablations(groups), folder / f"ablations_{study.scene.replace('/', '_')}.png")
+    first = studies[0].scene  # which has the ablations
+    groups = reporting.ablation_groups([row for row in rows if row["scene"] == first])
+    if groups:
+        _keep(figures.ablations(groups), folder / f"ablations_{first.replace('/', '_')}.png")
     _keep(figures.cost_against_error(reporting.without_ablations(rows)), folder / "cost_against_error.png")
     artefacts.write_json(folder / "claims.json", claims)
     artefacts.write_json(folder / "seeds.json", over_seeds)
