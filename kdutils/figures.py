@@ -94,7 +94,7 @@ def two_clouds(before, after, poses, titles, units=("m", "m"), names=("one", "ot
 
 
 def scene_coordinates(points, low, high, mask=None):
-    """World points ``(..., 3)`` as colours, so that every place in the room has a colour of its own; white has none."""
+    """World points ``(..., 3)`` as colours, one for every place in the room; white says that there is no point."""
     colours = 0.85 * np.clip((points - low) / (high - low), 0, 1)
     return colours if mask is None else np.where(mask[..., None], colours, 1.0)
 

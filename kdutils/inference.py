@@ -14,7 +14,7 @@ CPU_TOKENS = 1536  # of the images that are decoded together: two of 512 x 384
 CPU_BYTES = 160 * 2**20  # for each of the two kinds of results that are remembered
 CUDA_SHARE = 0.15  # the same, of the device's memory
 CUDA_BYTES_PER_PIXEL = 4096  # of one pair in the DPT head, generously
-MOST_BATCH = 32  # more gains nothing on any device
+MOST_BATCH = 32  # more should gain little
 CUDA_ENCODED = 8  # images that are encoded together: one alone keeps a GPU waiting for its kernels' launches
 LARGEST_HALF = 65504
 
@@ -46,6 +46,7 @@ class DUSt3RTeacher:
         for size in sizes:
             dust3r.check_size(size)
         self.encoded = CUDA_ENCODED if self.is_half and len(sizes) == 1 else 1  # images that are encoded together
+        self.largest_batch = MOST_BATCH if self.is_half else 1  # pairs, for the labels' files: whatever memory there is
         largest = max((image.shape[:2] for image in self.images), key=np.prod, default=(1, 1))
         self.batch = batch or fitting_batch(self.device, largest)
         memory = CPU_BYTES
@@ -61,7 +62,9 @@ class DUSt3RTeacher:
 
     def scratch_bytes(self, images):
         """Disk space, in bytes, that the encoded images may take while the teacher is at work."""
-        tokens = sum(np.prod(self.images[image].shape[:2]) // dust3r.PATCH**2 for image in images)
+        groups = {image // self.encoded for image in images}
+        kept = (image for k in groups for image in self.images[k * self.encoded : (k + 1) * self.encoded])
+        tokens = sum(np.prod(image.shape[:2]) // dust3r.PATCH**2 for image in kept)
         return int(tokens) * self.model.enc_norm.weight.numel() * (2 if self.is_half else 4)
 
     def __call__(self, pairs):

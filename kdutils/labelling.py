@@ -67,7 +67,7 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
         size: (height, width) of the pointmaps, in pixels.
         folder: where shards and the manifest ``pairs.json`` go.
         inputs: digest of the frames; labels of other frames are made anew.
-        pairs_per_shard: by default as many as make ``SHARD_BYTES``, and at least two of the teacher's batches.
+        pairs_per_shard: by default as many as make ``SHARD_BYTES``, and on a GPU at least two of its batches.
         progress: called with ``total`` and ``initial``, in pairs, for a bar with ``update(pairs)``, e.g. ``tqdm``.
 
     Raises:
@@ -105,7 +105,7 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
 
 
 def _fitting_shard(teacher, size):
-    least = 2 * getattr(teacher, "batch", 1)  # so that a GPU has a batch to work on while another one is taken
+    least = 2 * getattr(teacher, "largest_batch", 1)  # so that a GPU has a batch to work on while another one is taken
     return int(np.clip(SHARD_BYTES // disk_bytes(1, size), min(least, MOST_PAIRS_PER_SHARD), MOST_PAIRS_PER_SHARD))
 
 

@@ -75,7 +75,7 @@ def locate_all(points, intrinsics, masks=None, log_scales=None):
 
 
 def at_once(function, items):
-    """A list of ``function`` of each item, worked on by several threads: PoseLib lets go of Python's lock."""
+    """A list of ``function`` of each item, by several threads: for PoseLib and numpy, which let go of Python's lock."""
     with ThreadPoolExecutor(torch.get_num_threads()) as threads:
         return list(threads.map(function, items))
 

@@ -138,7 +138,8 @@ class _Run:
     """The state of one training, kept on disk at every validation."""
 
     def __init__(self, folder, settings, student, plan, progress):
-        self.student, self.plan, self.settings = student, plan, settings
+        self.student, self.plan = student, plan
+        self.digest = artefacts.digest({**settings, "format": 2})  # of the state on disk: others are not gone on with
         self.progress = progress or (lambda *_: None)
         self.loss, self.device = losses.choose(plan.recipe.loss), next(student.parameters()).device
         self.state_path = folder / "training.pt"
@@ -154,7 +155,7 @@ class _Run:
 
     def fit(self, examples, train_index, validation_index):
         torch.backends.cudnn.benchmark = not self.plan.deterministic
-        torch.backends.cudnn.benchmark_limit = 3  # ten by default: half a minute for a network at full resolution
+        torch.backends.cudnn.benchmark_limit = 3  # ten by default: each search takes time from a budget in seconds
         torch.use_deterministic_algorithms(self.plan.deterministic, warn_only=True)
         self.learner = _joined(torch.compile(self.student) if self.plan.compile else self.student, self.device)
         self.started, self.before = time.perf_counter(), self.seconds
@@ -186,7 +187,7 @@ class _Run:
     def _next_validation(self, done, last=0.0):
         """The share of the budget at which the next validation is due; the last one took so many seconds."""
         due = (math.floor(done * self.plan.validations + 1e-9) + 1) / self.plan.validations
-        if self.plan.seconds:  # of which validations take a tenth at most
+        if self.plan.seconds and len(self.history) > 1:  # validations take a tenth at most; the first one warms up
             due = max(due, done + _agreed(10 * last / self.plan.seconds, self.device))
         return min(1, due)
 
@@ -250,7 +251,7 @@ class _Run:
             self.progress(min(total, round(done * total)), total, f"{text}, {rate:.0f} images/s")
 
     def _save(self):
-        state = {"settings": artefacts.digest(self.settings), "step": self.step, "seconds": self.seconds,
+        state = {"settings": self.digest, "step": self.step, "seconds": self.seconds,
                  "learning_seconds": self.learning_seconds, "history": self.history, "best": self.best,
                  "student": self.student.state_dict(), "optimiser": self.optimiser.state_dict(),
                  "mean": self.mean and self.mean.state_dict(), "averaged": self.averaged}  # fmt: skip
@@ -260,7 +261,7 @@ class _Run:
         if not self.state_path.exists():
             return
         state = torch.load(self.state_path, map_location=self.device, weights_only=True)
-        if state["settings"] != artefacts.digest(self.settings):
+        if state["settings"] != self.digest:
             return
         self.student.load_state_dict(state["student"])
         self.optimiser.load_state_dict(state["optimiser"])

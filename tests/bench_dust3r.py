@@ -46,10 +46,11 @@ def main():
         if options.published:
             some = graph[np.linspace(0, len(graph) - 1, options.published).astype(int)]
             if device.type == "cuda":  # the published demo allows TF32; points are compared with single precision's
-                torch.backends.cuda.matmul.allow_tf32 = True
+                allow_tf32(True)
                 result["published_s_per_pair_in_tf32"] = published(model, frames.image, some)[1]
-                torch.backends.cuda.matmul.allow_tf32 = False
+                allow_tf32(False)
             theirs, result["published_s_per_pair"] = published(model, frames.image, some)
+            torch.backends.cudnn.allow_tf32 = True  # torch's default, with which ours runs
         model.to(memory_format=torch.channels_last)
         labelled(model, frames, graph[: 128 if device.type == "cuda" else 1], Path(folder) / "warm")
         result["ours_s_per_pair"] = labelled(model, frames, graph, Path(folder) / "whole")
@@ -81,6 +82,10 @@ def calmed(model):
         last = head.proj if isinstance(head, dust3r.LinearHead) else head.dpt["head"][-1]
         last.weight.data *= 0.1
     return model
+
+
+def allow_tf32(allowed):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def smooth_images(count, size):

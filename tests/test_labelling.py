@@ -276,6 +276,6 @@ def test_missing_labels_name_the_notebook(tmp_path):
 
 @pytest.mark.parametrize(("batch", "size", "pairs"), [(2, (384, 512), 10), (32, (384, 512), 64), (7, (384, 512), 14),
                                                       (99, (384, 512), 64), (None, (96, 128), 64)])  # fmt: skip
-def test_a_shard_holds_two_of_the_teachers_batches(batch, size, pairs):
-    teacher = SimpleNamespace(batch=batch) if batch else SimpleNamespace()
+def test_a_shard_holds_two_of_a_gpus_batches(batch, size, pairs):
+    teacher = SimpleNamespace(largest_batch=batch) if batch else SimpleNamespace()
     assert labelling._fitting_shard(teacher, size) == pairs
