@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from kdutils import artefacts, overlap, rooms
+from kdutils.parallel import in_processes
 
 TRAINING_SEEDS, HELD_OUT_SEEDS = 10_000_000, 20_000_000  # the first of each range
 SEQUENCES, WALK = (0, 1, 2), 90  # every room's three walks, and the frames of a whole walk
@@ -111,7 +112,7 @@ def rooms_of(numbers, size, device="cpu", folder=None, held_out=False):
     room = partial(room_views, size=tuple(size), folder=folder, held_out=held_out)
     on_cpu = torch.device(device).type == "cpu"
     workers = 1 if on_cpu else max(1, min((os.cpu_count() or 1) - 1, len(numbers)))
-    arrays = rooms.parallel_map(partial(_arrays_of, room), numbers, workers)
+    arrays = in_processes(partial(_arrays_of, room), numbers, workers)
     return (RoomViews(*map(torch.from_numpy, fields)).to(device) for fields in arrays)
 
 

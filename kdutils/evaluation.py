@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kdutils import artefacts, geometry, registration
-from kdutils.localisation import at_once
+from kdutils.parallel import in_threads
 from kdutils.training import half_precision, predict
 
 BANDS_CM = (5, 10)
@@ -38,7 +38,7 @@ def point_errors(predicted, truth, mask):
         off = (predicted[frame] - truth[frame]).astype(np.float64)
         return np.einsum("hwc,hwc->hw", off, off)[mask[frame]]
 
-    squared = np.concatenate(at_once(squared_of, range(len(mask))))
+    squared = np.concatenate(in_threads(squared_of, range(len(mask))))
     mean, distance = float(np.mean(squared)), np.sqrt(squared)
     median, p90 = np.percentile(distance, [50, 90])
     return {

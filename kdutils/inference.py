@@ -152,6 +152,15 @@ class DUSt3RTeacher:
         images = self.images[group * self.encoded : (group + 1) * self.encoded]
         pixels = torch.from_numpy(np.stack(images)).to(self.device).permute(0, 3, 1, 2)
         artefacts.release(self.images)  # no image is read twice
+        try:
+            return self._encoded(pixels)
+        except torch.OutOfMemoryError:
+            if len(pixels) == 1:
+                raise
+        torch.cuda.empty_cache()
+        return torch.cat([self._encoded(one) for one in pixels.split(1)])
+
+    def _encoded(self, pixels):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.is_half):
             tokens = self.model.encode(pixels / 127.5 - 1)
         return tokens.half() if self.is_half else tokens

@@ -6,12 +6,11 @@ give a pose (P3P), many vote for the best one, and all that agree refine it.
 
 import importlib.util
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import torch
 
 from kdutils import geometry
+from kdutils.parallel import in_threads
 
 MOST_POINTS = 2000  # correspondences of one image
 CERTAIN_SHARE = 0.6  # of the pixels, by the student's uncertainty
@@ -70,14 +69,8 @@ def locate_all(points, intrinsics, masks=None, log_scales=None):
         poses[number] = np.nan if pose is None else pose
         return time.perf_counter() - started
 
-    seconds = sum(at_once(place, range(len(points))))
+    seconds = sum(in_threads(place, range(len(points))))
     return poses, 1000 * seconds / max(1, len(points))
-
-
-def at_once(function, items):
-    """A list of ``function`` of each item, by several threads: for PoseLib and numpy, which let go of Python's lock."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return list(threads.map(function, items))
 
 
 def pose_errors(poses, truth):

@@ -23,7 +23,8 @@ BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "with
 
 def paper_mse(scene):
     """The paper's figure for rooms of this scene's kind, None where its name tells none."""
-    return next((mse for kind, mse in PAPER.items() if kind in scene), None)
+    room = scene.replace("office1/lounge", "lounge")  # which is no office, though in an office building
+    return next((mse for kind, mse in PAPER.items() if kind in room), None)
 
 
 def collect(study):

@@ -82,6 +82,26 @@ def test_images_that_are_encoded_together_say_what_they_say_alone(model, togethe
         assert_allclose(one, other, **HALF)
 
 
+def test_images_are_encoded_singly_where_memory_has_no_room_for_more(model, monkeypatch):
+    expected = inference.DUSt3RTeacher(make_frames(4), model, batch=2)(PAIRS)
+    tried, encode = [], model.encode
+
+    def encode_one_at_most(images):
+        tried.append(len(images))
+        if len(images) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode", encode_one_at_most)
+    teacher = inference.DUSt3RTeacher(make_frames(4), model, batch=2)
+    teacher.encoded = 4
+    assert_bitwise_equal(teacher(PAIRS), expected)
+    assert tried == [4, 1, 1, 1, 1]
+    monkeypatch.setattr(model, "encode", lambda _: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+    with pytest.raises(torch.OutOfMemoryError, match="none left"):
+        inference.DUSt3RTeacher(make_frames(4), model, batch=2)(PAIRS)
+
+
 def test_without_a_folder_images_are_encoded_again(model, monkeypatch):
     expected = inference.DUSt3RTeacher(make_frames(4), model, batch=2)(PAIRS)
     monkeypatch.setattr(inference, "CPU_BYTES", 0)

@@ -209,6 +209,11 @@ def test_vits_and_cnns_are_compared_start_by_start():
                               "office: vit16-scratch 0.200 against cnn-scratch 0.100")  # fmt: skip
 
 
+def test_the_papers_figures_are_for_kitchens_and_offices():
+    rooms = ("kitchen", "apt1/kitchen", "office", "office1/gates362", "office1/lounge", "apt2/bed")
+    assert [reporting.paper_mse(room) for room in rooms] == [0.0011, 0.0011, 0.0012, 0.0012, None, None]
+
+
 @pytest.mark.parametrize("of", [("compact", "study"), ("dust3r", "sample")])
 def test_the_papers_figure_is_not_compared_with_another_experiments(of):
     rows = [row("kitchen", "vit16-scratch", 0.2, of=of), row("kitchen", "cnn-scratch", 0.001, of=of)]

@@ -12,6 +12,7 @@ rooms of one kind gives nearly the same unit to every pair; how many metres that
 import numpy as np
 
 from kdutils import geometry, localisation
+from kdutils.parallel import in_threads
 
 EVERY = 3  # pixels along both axes that the camera is found from
 LEAST_CONFIDENCE = 1.2
@@ -46,7 +47,7 @@ class Posed:
         points, confidence = np.array(shard.points_j, np.float32), np.array(shard.confidence_j, np.float32)
         pairs = list(map(tuple, shard.pairs.tolist()))
         new = [k for k, pair in enumerate(pairs) if pair not in self._found]
-        found = localisation.at_once(lambda k: self._correction(*pairs[k], points[k], confidence[k]), new)
+        found = in_threads(lambda k: self._correction(*pairs[k], points[k], confidence[k]), new)
         self._found.update(zip((pairs[k] for k in new), found))
         for k, pair in enumerate(pairs):
             if self._found[pair] is None:

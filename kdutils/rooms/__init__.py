@@ -7,10 +7,9 @@ procedural textures and light that is computed once a room: on a GPU as on a CPU
 
 from kdutils.rooms.building import KINDS, Room, build_room, furnish
 from kdutils.rooms.files import VERSION, write_room
-from kdutils.rooms.parallel import parallel_map
 from kdutils.rooms.pictures import picture
 from kdutils.rooms.solids import trace
 from kdutils.rooms.views import camera_path, intrinsics_for, render, sensed_depth
 
-__all__ = ["KINDS", "VERSION", "Room", "build_room", "camera_path", "furnish", "intrinsics_for", "parallel_map",
-           "picture", "render", "sensed_depth", "trace", "write_room"]  # fmt: skip
+__all__ = ["KINDS", "VERSION", "Room", "build_room", "camera_path", "furnish", "intrinsics_for", "picture",
+           "render", "sensed_depth", "trace", "write_room"]  # fmt: skip

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kdutils.parallel import in_processes
 from kdutils.rooms.building import KINDS, build_room, fitting_workers, generator
-from kdutils.rooms.parallel import parallel_map
 from kdutils.rooms.pictures import picture, surface_points
 from kdutils.rooms.solids import pixel_rays, trace
 from kdutils.rooms.views import camera_path, intrinsics_for, on_device, sensed_depth
@@ -91,7 +91,7 @@ def _write_frames(data, settings, device, progress, batch=2):
     poses = np.concatenate(paths)
     starts = range(0, len(poses), batch)
     write = partial(_write_batch, data, room, poses, settings, device, batch)
-    for done in parallel_map(write, starts, fitting_workers(device)):
+    for done in in_processes(write, starts, fitting_workers(device)):
         if progress:
             progress(done, len(poses))
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kdutils.rooms.parallel import parallel_map
+from kdutils.parallel import in_processes
 from kdutils.rooms.solids import BALL, BOX, CYLINDER, FACES, entry, face_point, face_sizes
 
 REACH = 0.9  # metres within which a surface darkens its neighbours
@@ -37,7 +37,7 @@ def bake_light(scene, spacing=0.13, workers=0):
     sizes = torch.unique_consecutive(cell[order], dim=0, return_counts=True)[1].tolist()
     chunks = list(zip(point[order].split(sizes), normal[order].split(sizes)))
     light = torch.empty_like(point)
-    light[order] = torch.from_numpy(np.concatenate(list(parallel_map(partial(_light_at, scene), chunks, workers)))).to(
+    light[order] = torch.from_numpy(np.concatenate(list(in_processes(partial(_light_at, scene), chunks, workers)))).to(
         light
     )
     return replace(scene, light_grid=torch.cat([first[:, None], count], 1), light=light)

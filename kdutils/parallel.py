@@ -1,4 +1,6 @@
-"""Small jobs in worker processes."""
+"""Small jobs side by side: in processes of their own, or in threads."""
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,7 +21,7 @@ class _Calls(torch.utils.data.Dataset):
             return self.function(self.items[index])
 
 
-def parallel_map(function, items, workers):
+def in_processes(function, items, workers):
     """Results of ``function(item)`` in order, from worker processes.
 
     Their torch runs on one thread each: the many small operations here lose more than they gain when each is split
@@ -37,3 +39,9 @@ def parallel_map(function, items, workers):
             generator=torch.Generator(),
         )
     )
+
+
+def in_threads(function, items):
+    """A list of ``function`` of each item, by as many threads as torch has: for code that lets go of Python's lock."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(function, items))
