@@ -17,8 +17,9 @@ class Classroom:
 
     def __init__(self, study, weights="auto"):
         self.study, self.weights = study, weights
-        self.labels, self.frames = stages.labels(study), stages.frames(study)
-        self.truth, self.measured = stages.depth_points(study)
+        of_student = study, study.preset.reduction
+        self.labels, self.frames = stages.labels(*of_student), stages.frames(*of_student)
+        self.truth, self.measured = stages.depth_points(*of_student)
         self.test = np.flatnonzero(self.frames.is_test)
         share = study.preset.validation_share
         self.train, self.validation = training.split_validation(np.asarray(self.frames.sequence), share)
@@ -68,7 +69,7 @@ class Classroom:
             "size": evaluation.size_of(student),
             "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
                          "loss": manifest["settings"]["plan"]["recipe"]["loss"]},
-            "timing": {"latency_ms": evaluation.latency(student, study.preset.size),
+            "timing": {"latency_ms": evaluation.latency(student, self.frames.size),
                        **({"localised_milliseconds": located["milliseconds"]} if located else {}),
                        "train_seconds": manifest["seconds"],
                        "train_images_per_second": manifest["images_per_second"]},

@@ -44,7 +44,7 @@ PAPER_ARMS = _by_name(
 )
 OWN_ARMS = _by_name(
     *(Arm(f"anchornet-{start}", "anchornet", start) for start in STARTS),
-    Arm("anchornet-long", "anchornet", "scratch", budget=8),
+    Arm("anchornet-long", "anchornet", "unfrozen", budget=8),
 )
 ORIGINAL_ARMS = _by_name(
     Arm("original-mobilenet", "original-mobilenet", "unfrozen"),
@@ -148,7 +148,7 @@ class Preset:
     """Everything that decides a run's result besides scene, teacher, device and seed."""
 
     scenes: tuple[str, ...]
-    size: tuple[int, int]  # (height, width) in pixels of images, labels and predictions
+    size: tuple[int, int]  # (height, width) in pixels of images and labels
     render_every: int  # keep each k-th frame of the sample rooms' camera paths
     most_train: int  # frames; more are thinned evenly
     most_test: int
@@ -169,6 +169,7 @@ class Preset:
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     # Teachers that known cameras and the pictures help, see alignment.posing and alignment.photometric.
     assisted: tuple[str, ...] = ("compact",)
+    reduction: int = 1  # a student's images are smaller by this factor: it learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes
     deterministic: bool = False  # on CUDA, at a price; the CPU always is
 
@@ -185,7 +186,7 @@ PRESETS = {
     ),
     "sample": _SAMPLE,
     "hour": replace(
-        _SAMPLE, scenes=("kitchen",), size=(60, 80), most_train=400, seconds=240, steps=100_000, batch=32,
+        _SAMPLE, scenes=("kitchen",), size=(96, 128), reduction=2, most_train=400, seconds=240, steps=100_000, batch=32,
         teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
         first_scene_arms=("cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS),

@@ -72,9 +72,9 @@ def prepare(study):
                               progress=partial(tqdm, desc="decode", unit="frame"))  # fmt: skip
 
 
-def frames(study):
-    """What stage 01 prepared."""
-    return scenes.Frames.load(study.frames_folder)
+def frames(study, reduction=1):
+    """What stage 01 prepared; ``reduction`` as in `settings.Preset`."""
+    return scenes.Frames.load(study.frames_folder).reduced(reduction)
 
 
 def settle_teacher(study, checkpoint="auto"):
@@ -147,25 +147,30 @@ def _align(study, shards, manifest, settings):
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
 
 
-def labels(study):
-    """What stage 03 aligned."""
+def labels(study, reduction=1):
+    """What stage 03 aligned; ``reduction`` as in `settings.Preset`."""
     if not (study.labels_folder / "labels.json").exists():
         raise MissingStage(f"{study.labels_folder}: no labels. Run notebook 03 for scene {study.scene} first.")
     manifest = artefacts.read_json(study.labels_folder / "labels.json")
     kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
-    scene_frames = frames(study)
-    intrinsics = np.broadcast_to(scene_frames.intrinsics, (len(scene_frames), 3, 3))
-    points = alignment.world_points(kept["depth"], intrinsics, scene_frames.poses)
-    return Labels(points, kept["confidence"], np.array(kept["valid"]), kept["depth"], kept.get("aligned"),
-                  manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
+    depth, confidence, valid = kept["depth"], kept["confidence"], np.array(kept["valid"])
+    if reduction > 1:
+        depth = scenes.reduced_depth(np.where(valid, depth, 0), reduction)
+        confidence, valid = scenes.blocks(confidence, reduction).min(-1), depth > 0
+    points = _in_world(frames(study, reduction), depth)
+    return Labels(points, confidence, valid, depth, kept.get("aligned"), manifest["report"],
+                  artefacts.digest(manifest["settings"]))  # fmt: skip
 
 
-def depth_points(study):
+def depth_points(study, reduction=1):
     """The depth camera's own answer: world points ``(N, H, W, 3)`` in metres, and where it has one ``(N, H, W)``."""
-    scene_frames = frames(study)
+    scene_frames = frames(study, reduction)
+    return _in_world(scene_frames, np.asarray(scene_frames.depth)), np.asarray(scene_frames.depth) > 0
+
+
+def _in_world(scene_frames, depth):
     intrinsics = np.broadcast_to(scene_frames.intrinsics, (len(scene_frames), 3, 3))
-    points = alignment.world_points(np.asarray(scene_frames.depth), intrinsics, scene_frames.poses)
-    return points, np.asarray(scene_frames.depth) > 0
+    return alignment.world_points(depth, intrinsics, scene_frames.poses)
 
 
 class Bar:

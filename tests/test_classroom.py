@@ -1,0 +1,53 @@
+"""The second half of the study, on a scene of files: what a student sees of it, and says."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import HIGH, LOW, box_world
+from numpy.testing import assert_allclose
+from PIL import Image
+from test_scenes import frame_file, info_text
+
+from kdutils import classroom, settings, stages
+
+SIZE, TEST, TRAINING = (48, 64), 6, 9
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A box's inside in the 12Scenes layout."""
+    folder = tmp_path_factory.mktemp("scenes") / "box"
+    world = box_world(TEST + TRAINING, SIZE, test=TEST)
+    (folder / "data").mkdir(parents=True)
+    (folder / "info.txt").write_text(info_text(SIZE, SIZE, world.intrinsics, world.intrinsics))
+    (folder / "split.txt").write_text(
+        f"sequence0 [frames={TEST}]  [start=0 ; end={TEST - 1}]\n"
+        f"sequence1 [frames={TRAINING}]  [start={TEST} ; end={TEST + TRAINING - 1}]\n"
+    )
+    for number, (image, depth, pose) in enumerate(zip(world.image, world.depth, world.poses)):
+        Image.fromarray(image).save(frame_file(folder, number, "color.jpg"), quality=95)
+        Image.fromarray(np.round(1000 * depth).astype(np.uint16)).save(frame_file(folder, number, "depth.png"))
+        np.savetxt(frame_file(folder, number, "pose.txt"), pose, fmt="%.9f")
+    return folder
+
+
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_a_students_images_are_smaller_by_the_presets_reduction(scene, tmp_path, monkeypatch, capsys, reduction):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    small = replace(settings.PRESETS["smoke"], size=SIZE, reduction=reduction, steps=2)
+    monkeypatch.setitem(settings.PRESETS, "smoke", small)
+    classroom.main([str(scene), "--preset", "smoke", "--teacher", "depth", "--arms", "cnn-scratch"])
+    assert "cnn-scratch: 2 steps" in capsys.readouterr().out
+    study = settings.Study(str(scene), "smoke", "depth")
+    room, size = classroom.Classroom(study), tuple(side // reduction for side in SIZE)
+    assert stages.frames(study).size == stages.labels(study).valid.shape[1:] == SIZE
+    assert room.frames.size == room.examples.size == room.labels.valid.shape[1:] == size
+    assert room.predictions("cnn-scratch").shape == (TEST, *size, 3)
+    assert room.labels.confidence.shape == room.labels.valid.shape and room.labels.valid.mean() > 0.7
+    walls = np.minimum(abs(room.truth - LOW), abs(room.truth - HIGH)).min(-1)
+    assert_allclose(walls[room.measured], 0, atol=0.01 if reduction == 1 else 0.03)  # two walls' mean is off both
+    assert np.median(walls[room.measured]) < 0.001  # depth is in millimetres
+    assert room.measured.mean() > 0.9
+    said = room.localise(room.truth[room.test], room.measured[room.test])
+    assert said["translation"] < 0.01 and said["rotation"] < 0.2
