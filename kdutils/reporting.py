@@ -88,6 +88,16 @@ def table(rows, with_paper=False, columns=TABLE):
     return markdown(columns, [[line[TABLE.index(name)] for name in columns] for line in lines])
 
 
+def camera_table(rows):
+    """Rows as a Markdown table of how well they find the camera, and of what and how long they learned."""
+    names = ("scene", "teacher", "student", "images seen", "MSE m²", "median cm", "to depth cm", "camera cm", "degrees",
+             "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
+    lines = [[row["scene"], row["teacher"], row["label"], f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}",
+              f"{100 * row['median']:.1f}", f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
+             for row in rows]  # fmt: skip
+    return markdown(names, lines)
+
+
 def claims_table(found):
     """``claims`` as a Markdown table."""
     return markdown(("claim of the paper", "held if", "what we found", "held?"), [claim.values() for claim in found])
@@ -201,7 +211,7 @@ def ablation_groups(rows):
             item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
         "MobileNet frozen, half the budget: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
         "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss, steps),
-        "AnchorNet: steps": _by_budget("anchornet", "scratch", RECIPES["anchornet"].loss, steps),
+        "AnchorNet unfrozen: steps": _by_budget("anchornet", "unfrozen", RECIPES["anchornet"].loss, steps),
     }  # fmt: skip
     found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
              for title, group in groups.items()}  # fmt: skip

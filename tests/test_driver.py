@@ -11,7 +11,7 @@ import torch
 from test_scenes import write_scene
 
 from kdutils import __main__ as driver
-from kdutils import shipped, stages
+from kdutils import dust3r, shipped, stages
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS, PRESETS, REPOSITORY, Study
 
 
@@ -185,6 +185,12 @@ def test_the_small_teacher_is_doubted_in_a_real_scene(tmp_path):
 def test_unknown_choices_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong.values()))):
         Study(**wrong)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values())
+def test_every_teacher_and_student_suits_a_presets_size(preset):
+    dust3r.check_size(preset.size)
+    assert not any(side % preset.reduction for side in preset.size)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdutils.reporting import BRIEF_TABLE, claims_table, spread, table
+from kdutils.reporting import BRIEF_TABLE, camera_table, claims_table, spread, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = (REPOSITORY / "README.md").read_text()
@@ -38,6 +38,7 @@ def test_tables_are_those_that_were_measured():
     assert marked("results") == table(ROWS, with_paper=True, columns=BRIEF_TABLE)
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     assert marked("claims") == claims_table([claim for claim in claims if "claim" in claim])
+    assert marked("longer") == camera_table(json.loads((REPOSITORY / "figures" / "longer.json").read_text()))
     assert marked("seeds") == spread(json.loads((REPOSITORY / "figures" / "seeds.json").read_text()))
 
 
