@@ -335,7 +335,7 @@ class Frames:
         if factor == 1:
             return self
         image = blocks(self.image, factor).mean(3).round().astype(np.uint8)
-        intrinsics = np.diag([1 / factor, 1 / factor, 1]) @ self.intrinsics
+        intrinsics = geometry.rescale(self.intrinsics, self.size, image.shape[1:3])
         return replace(self, image=image, depth=reduced_depth(self.depth, factor), intrinsics=intrinsics)
 
 
@@ -345,8 +345,6 @@ def reduced_depth(depth, factor):
     It is their mean, where all have a depth and none lies behind an edge: a mean of both sides would be a point in the
     air.
     """
-    if factor == 1:
-        return depth
     of_block = blocks(depth, factor)
     nearest, mean = of_block.min(-1), of_block.mean(-1)
     return np.where((nearest > 0) & (np.ptp(of_block, axis=-1) < EDGE * mean), mean, 0)

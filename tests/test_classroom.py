@@ -7,7 +7,7 @@ import pytest
 from conftest import HIGH, LOW, box_world
 from numpy.testing import assert_allclose
 from PIL import Image
-from test_scenes import frame_file, info_text
+from test_scenes import frame_file, info_text, split_text
 
 from kdutils import classroom, settings, stages
 
@@ -21,10 +21,7 @@ def scene(tmp_path_factory):
     world = box_world(TEST + TRAINING, SIZE, test=TEST)
     (folder / "data").mkdir(parents=True)
     (folder / "info.txt").write_text(info_text(SIZE, SIZE, world.intrinsics, world.intrinsics))
-    (folder / "split.txt").write_text(
-        f"sequence0 [frames={TEST}]  [start=0 ; end={TEST - 1}]\n"
-        f"sequence1 [frames={TRAINING}]  [start={TEST} ; end={TEST + TRAINING - 1}]\n"
-    )
+    (folder / "split.txt").write_text(split_text(TEST, TRAINING))
     for number, (image, depth, pose) in enumerate(zip(world.image, world.depth, world.poses)):
         Image.fromarray(image).save(frame_file(folder, number, "color.jpg"), quality=95)
         Image.fromarray(np.round(1000 * depth).astype(np.uint16)).save(frame_file(folder, number, "depth.png"))

@@ -48,6 +48,13 @@ m_frames.size = 7
 """
 
 
+def split_text(test, training):
+    return (
+        f"sequence0 [frames={test}]  [start=0 ; end={test - 1}]\n"
+        f"sequence1 [frames={training}]  [start={test} ; end={test + training - 1}]\n"
+    )
+
+
 def plane_depth(intrinsics, size, normal=NORMAL, offset=OFFSET):
     """Depth in metres of the plane normal.x = offset, seen by a camera in whose frame the plane is given."""
     return offset / (geometry.pixel_rays(intrinsics, *size) @ normal)
@@ -57,10 +64,7 @@ def write_scene(folder, test=3, training=4, info=None):
     """A scene of ``test`` + ``training`` frames that all see one slanted plane, painted with a horizontal ramp."""
     (folder / "data").mkdir(parents=True)
     (folder / "info.txt").write_text(info or info_text())
-    (folder / "split.txt").write_text(
-        f"sequence0 [frames={test}]  [start=0 ; end={test - 1}]\n"
-        f"sequence1 [frames={training}]  [start={test} ; end={test + training - 1}]\n"
-    )
+    (folder / "split.txt").write_text(split_text(test, training))
     ramp = np.broadcast_to(np.arange(COLOR[1], dtype=np.uint8)[:, None], (*COLOR, 3))
     depth = np.round(plane_depth(DEPTH_K, DEPTH) * 1000).astype(np.uint16)
     for number in range(test + training):
