@@ -44,7 +44,10 @@ PAPER_ARMS = _by_name(
 )
 OWN_ARMS = _by_name(
     *(Arm(f"anchornet-{start}", "anchornet", start) for start in STARTS),
+)
+LONG_ARMS = _by_name(
     Arm("anchornet-long", "anchornet", "unfrozen", budget=8),
+    Arm("vit16-long", "vit", "unfrozen", 16, budget=8),
 )
 ORIGINAL_ARMS = _by_name(
     Arm("original-mobilenet", "original-mobilenet", "unfrozen"),
@@ -58,7 +61,7 @@ ABLATION_ARMS = _by_name(
     *(Arm(f"{frozen.name}-random", frozen.backbone, "frozen", frozen.patch, weights="random")
       for frozen in (*PAPER_ARMS.values(), *OWN_ARMS.values()) if frozen.start == "frozen"),
 )  # fmt: skip
-ARMS = {**PAPER_ARMS, **OWN_ARMS, **ORIGINAL_ARMS, **ABLATION_ARMS}
+ARMS = {**PAPER_ARMS, **OWN_ARMS, **LONG_ARMS, **ORIGINAL_ARMS, **ABLATION_ARMS}
 VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone == "vit")
 CNN_ARMS = tuple(name for name in ARMS if name not in VIT_ARMS)
 
@@ -130,7 +133,7 @@ class BackbonePretraining(Pretraining):
     distillation: float = 1.0
 
 
-# "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
+# "cuda" is the experiment itself, not run to its end yet; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=4, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
@@ -177,7 +180,7 @@ class Preset:
 _SAMPLE = Preset(
     scenes=("kitchen", "office"), size=(96, 128), render_every=1, most_train=240, most_test=100,
     pair_graph="overlap", window=3, vit_blocks=4, steps=200, batch=8, validations=4,
-    first_scene_arms=tuple(name for name in ARMS if name not in ("anchornet-long", "original-cnn")),
+    first_scene_arms=tuple(name for name in ARMS if name not in (*LONG_ARMS, "original-cnn")),
     other_scene_arms=("cnn-scratch", "mobilenet-unfrozen", "vit16-unfrozen", "vit16-scratch", "anchornet-scratch"),
 )  # fmt: skip
 PRESETS = {
@@ -189,13 +192,19 @@ PRESETS = {
         _SAMPLE, scenes=("kitchen",), size=(96, 128), reduction=2, most_train=400, seconds=240, steps=100_000, batch=32,
         teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
-        first_scene_arms=("cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS),
+        first_scene_arms=(
+            "cnn-scratch", "mobilenet-scratch", "vit16-scratch", "original-mobilenet", *OWN_ARMS, "anchornet-long",
+        ),
+    ),
+    "gpu": replace(
+        _SAMPLE, most_train=400, seconds=30, steps=1_000_000, batch=128, validations=10, augmentation=STRONG,
+        first_scene_arms=tuple(ARMS), other_scene_arms=(*_SAMPLE.other_scene_arms, *LONG_ARMS),
     ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, steps=100_000, seconds=40, batch=16, validations=10, augmentation=STRONG,
-        first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS), vit_blocks=12, teacher="dust3r",
-        other_teacher="depth",
+        most_train=1000, most_test=400, steps=100_000, seconds=35, batch=16, validations=10, augmentation=STRONG,
+        first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS, "anchornet-long"), vit_blocks=12,
+        teacher="dust3r", other_teacher="depth",
     ),
 }  # fmt: skip
 

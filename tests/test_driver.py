@@ -12,7 +12,17 @@ from test_scenes import write_scene
 
 from kdutils import __main__ as driver
 from kdutils import dust3r, shipped, stages
-from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS, PRESETS, REPOSITORY, Study
+from kdutils.settings import (
+    ABLATION_ARMS,
+    ARMS,
+    LONG_ARMS,
+    ORIGINAL_ARMS,
+    OWN_ARMS,
+    PAPER_ARMS,
+    PRESETS,
+    REPOSITORY,
+    Study,
+)
 
 
 def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):
@@ -206,7 +216,7 @@ def test_first_scene_and_ones_own_have_the_most_arms(preset):
 
 def test_the_study_preset_leaves_no_arm_out():
     assert set(PRESETS["study"].first_scene_arms) == set(ARMS)
-    parts = (PAPER_ARMS, OWN_ARMS, ORIGINAL_ARMS, ABLATION_ARMS)
+    parts = (PAPER_ARMS, OWN_ARMS, LONG_ARMS, ORIGINAL_ARMS, ABLATION_ARMS)
     assert sum(map(len, parts)) == len(ARMS) and all(arm.name == name for name, arm in ARMS.items())
 
 

@@ -42,6 +42,22 @@ def test_tables_are_those_that_were_measured():
     assert marked("seeds") == spread(json.loads((REPOSITORY / "figures" / "seeds.json").read_text()))
 
 
+def test_a_gpus_figures_are_those_that_were_measured():
+    measured = json.loads((REPOSITORY / "figures" / "cuda.json").read_text())
+    dust3r, latency = measured["dust3r"], measured["latency"]
+    shown = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", marked("cuda"))]
+    in_full, in_tf32 = (dust3r[f"published_s_per_pair{kind}"] for kind in ("", "_in_tf32"))
+    ours, differs = dust3r["ours_s_per_pair"], dust3r["relative_difference"]
+    expected = [*(round(1000 * seconds, 1) for seconds in (in_full, in_tf32, ours)),
+                *(round(theirs / ours, 1) for theirs in (in_full, in_tf32)),
+                *(round(100 * share, 2) for share in differs.values()),
+                round(latency["dust3r_ms_a_pair"], 1)]  # fmt: skip
+    for arm, milliseconds in latency["ms_an_image"].items():
+        if arm != "original-mobilenet":
+            expected += [round(milliseconds, 2), round(latency["times_faster_than_a_pair"][arm])]
+    assert not set(expected) - set(shown)
+
+
 def test_results_come_from_the_default_study():
     assert {(row["preset"], row["teacher"], row["seed"]) for row in ROWS} == {("sample", "compact", 0)}
 
