@@ -133,7 +133,7 @@ class BackbonePretraining(Pretraining):
     distillation: float = 1.0
 
 
-# "cuda" is the experiment itself, not run to its end yet; "cpu" is what a small machine can do in an hour or two.
+# "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=4, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
@@ -189,7 +189,7 @@ PRESETS = {
     ),
     "sample": _SAMPLE,
     "hour": replace(
-        _SAMPLE, scenes=("kitchen",), size=(96, 128), reduction=2, most_train=400, seconds=240, steps=100_000, batch=32,
+        _SAMPLE, scenes=("kitchen",), reduction=2, most_train=400, seconds=240, steps=100_000, batch=32,
         teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
         first_scene_arms=(
