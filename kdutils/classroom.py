@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
 
 import matplotlib.pyplot as plt
@@ -180,10 +181,13 @@ def main(argv=None):
     parser.add_argument("--teacher", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, help="an arm's budget; a long arm has eight times that")
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
     parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a path")
     options = parser.parse_args(argv)
     study = Study(options.scene, options.preset, options.teacher, options.device, options.seed)
+    if options.seconds:
+        study.preset = replace(study.preset, seconds=options.seconds)
     print(stages.settle_teacher(study, options.checkpoint))
     stages.prepare(study)
     stages.label(study, teachers.build(study, stages.frames(study), options.checkpoint))

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose
 from PIL import Image
 from test_scenes import frame_file, info_text, split_text
 
-from kdutils import classroom, settings, stages
+from kdutils import artefacts, classroom, settings, stages
 
 SIZE, TEST, TRAINING = (48, 64), 6, 9
 
@@ -48,3 +48,13 @@ def test_a_students_images_are_smaller_by_the_presets_reduction(scene, tmp_path,
     assert room.measured.mean() > 0.9
     said = room.localise(room.truth[room.test], room.measured[room.test])
     assert said["translation"] < 0.01 and said["rotation"] < 0.2
+
+
+def test_an_arms_budget_of_seconds_can_be_given(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    endless = replace(settings.PRESETS["smoke"], size=SIZE, steps=1_000_000)
+    monkeypatch.setitem(settings.PRESETS, "smoke", endless)
+    given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--arms", "cnn-scratch", "--seconds", "0.5"]
+    classroom.main(given)
+    made = artefacts.read_json(settings.Study(str(scene), "smoke", "depth").run_folder("cnn-scratch") / "student.json")
+    assert made["settings"]["plan"]["seconds"] == 0.5 and 0.5 <= made["seconds"] < 60 and made["steps"] < 10_000
