@@ -23,7 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
 from kdutils import artefacts, reporting, scenes, shipped, stages
-from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study
+from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study, is_folder
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 SCENE_NOTEBOOKS = ("01_scenes", "02_dust3r_labels", "03_alignment", "04_cnn_students", "05_vit_students")
@@ -46,7 +46,7 @@ class StageFailed(RuntimeError):
 def main(argv=None):
     options = parse(argv)
     options.checkpoint, options.weights = _path(options.checkpoint), _path(options.weights)
-    if "KDUTILS_DATA" in os.environ:  # kernels start elsewhere
+    if os.environ.get("KDUTILS_DATA"):  # kernels start elsewhere
         os.environ["KDUTILS_DATA"] = str(Path(os.environ["KDUTILS_DATA"]).resolve())
     given = options.scenes or PRESETS[options.preset].scenes
     names = list(dict.fromkeys(name for scene in given for name in expand(scene)))
@@ -65,6 +65,9 @@ def studies_of(names, options, failures):
     for scene in names:
         study = None
         with noted(failures):
+            if "," in scene:
+                raise StageFailed(f"{scene}: notebooks take a list of scenes with commas between them. Rename the "
+                                  "folder.")  # fmt: skip
             found = Study(scene, options.preset, options.teacher, options.device, options.seed)
             if found.scene in [other.scene for other in studies if other]:
                 raise StageFailed(f"{scene}: left out, as this run has another scene called {found.scene}. Rename one "
@@ -128,9 +131,8 @@ def parse(argv):
 def expand(scene):
     """A name as it is; a folder as the scenes in it, by paths that do not depend on where they were typed."""
     folder = Path(scene).resolve()
-    if not folder.is_dir():
-        return [scene]
-    return [str(found) for found in scenes.find_scenes(folder)] or [str(folder)]
+    found = scenes.find_scenes(folder) if folder.is_dir() else []
+    return [str(each) for each in found] or [str(folder) if is_folder(scene) else scene]
 
 
 def run_all(studies, options, failures, pool):

@@ -45,7 +45,7 @@ def write_aside(path, write):
             if aside.exists():
                 aside.unlink()
         _sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises the last
         cause = getattr(error, "strerror", None) or error
         raise OSError(f"{path}: could not be written ({cause}). Make space or choose a folder that can be written to, "
                       "and run it again: what was finished before is kept.") from error  # fmt: skip

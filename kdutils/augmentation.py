@@ -112,10 +112,12 @@ class Examples:
         batch = self._seen_through(grid, recoloured(turned, draws[:, 4:11], colour, blur))
         return batch if seen is None else batch._replace(mask=batch.mask & seen)
 
-    def labelled_points(self, most=200_000):
-        """Labelled world points ``(M, 3)``, thinned evenly to about ``most``."""
-        every = max(1, int(self.mask.sum()) // most)
-        return torch.cat([self._points_of(number)[::every] for number in range(len(self))])
+    def labelled_points(self, index=None, most=200_000):
+        """Labelled world points ``(M, 3)`` of the frames ``index``, or of all, thinned evenly to about ``most``."""
+        numbers = range(len(self)) if index is None else torch.as_tensor(index).tolist()
+        every = max(1, sum(int(self.mask[number].sum()) for number in numbers) // most)
+        # Copies, for a slice would keep all of its frame's points in memory.
+        return torch.cat([self._points_of(number)[::every].clone() for number in numbers])
 
     def _points_of(self, number):
         batch = self[[number]].batch()

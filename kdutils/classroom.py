@@ -2,7 +2,6 @@
 
 import argparse
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import cached_property
 
 import matplotlib.pyplot as plt
@@ -22,10 +21,21 @@ class Classroom:
         self.labels, self.frames = stages.labels(*of_student), stages.frames(*of_student)
         self.truth, self.measured = stages.depth_points(*of_student)
         self.test = np.flatnonzero(self.frames.is_test)
-        share = study.preset.validation_share
-        self.train, self.validation = training.split_validation(np.asarray(self.frames.sequence), share)
+        labelled = self.labels.valid.any((1, 2))
+        split = training.split_validation(np.asarray(self.frames.sequence), study.preset.validation_share)
+        self.train, self.validation = (part[labelled[part]] for part in split)
+        self._check(labelled)
         self.examples = Examples.of(self.frames.image, self.labels.depth, self.labels.valid, self.labels.confidence,
                                     self.frames.intrinsics, self.frames.poses, study.device)  # fmt: skip
+
+    def _check(self, labelled):
+        parts = {"training": self.train, "validation": self.validation, "test": self.test[labelled[self.test]]}
+        if missing := [name for name, part in parts.items() if not len(part)]:
+            raise training.TrainingError(
+                f"{self.study.scene}: no {' and no '.join(missing)} frame has a label of the teacher "
+                f"{self.study.teacher}. Each sequence needs several frames that overlap one another; see "
+                f"'images_without_labels' in {self.study.labels_folder / 'labels.json'}."
+            )
 
     def teach(self, name):
         """Stages 04 and 05: train one arm, predict the test frames once, and measure."""
@@ -41,6 +51,7 @@ class Classroom:
             return None
         settings = {"student": manifest["settings"], "preset": study.describe()}
         if not artefacts.manifest_matches(folder / "metrics.json", settings):
+            artefacts.discard(folder / "metrics.json")
             evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
             metrics = {"settings": settings, **self.measure(name, student, manifest)}
             artefacts.write_json(folder / "metrics.json", metrics)
@@ -68,7 +79,8 @@ class Classroom:
             "mean_point": self.baseline,
             "localisation": {name: located[name] for name in localisation.FIGURES if located},
             "size": evaluation.size_of(student),
-            "training": {"steps": manifest["steps"], "batch": manifest["settings"]["plan"]["batch"],
+            "training": {"steps": manifest["steps"],
+                         "batch": min(manifest["settings"]["plan"]["batch"], len(self.train)),
                          "loss": manifest["settings"]["plan"]["recipe"]["loss"]},
             "timing": {"latency_ms": evaluation.latency(student, self.frames.size),
                        **({"localised_milliseconds": located["milliseconds"]} if located else {}),
@@ -185,9 +197,7 @@ def main(argv=None):
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
     parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a path")
     options = parser.parse_args(argv)
-    study = Study(options.scene, options.preset, options.teacher, options.device, options.seed)
-    if options.seconds:
-        study.preset = replace(study.preset, seconds=options.seconds)
+    study = Study(options.scene, options.preset, options.teacher, options.device, options.seed, options.seconds)
     print(stages.settle_teacher(study, options.checkpoint))
     stages.prepare(study)
     stages.label(study, teachers.build(study, stages.frames(study), options.checkpoint))

@@ -4,7 +4,6 @@ Room number n is a kitchen or an office by turns. Its seed lies in a range that 
 rooms that a person asks for by a small number come near, and the rooms held out for validation have a range apart.
 """
 
-import os
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -111,7 +110,7 @@ def rooms_of(numbers, size, device="cpu", folder=None, held_out=False):
     """
     room = partial(room_views, size=tuple(size), folder=folder, held_out=held_out)
     on_cpu = torch.device(device).type == "cpu"
-    workers = 1 if on_cpu else max(1, min((os.cpu_count() or 1) - 1, len(numbers)))
+    workers = 1 if on_cpu else max(1, min(torch.get_num_threads() - 1, len(numbers)))  # which knows of limits
     arrays = in_processes(partial(_arrays_of, room), numbers, workers)
     return (RoomViews(*map(torch.from_numpy, fields)).to(device) for fields in arrays)
 

@@ -8,6 +8,7 @@ import torch
 
 from kdutils import artefacts, dust3r
 from kdutils.teachers import PairPointmaps
+from kdutils.training import gains_from_half
 
 # Set by measurement on two CPU cores: larger batches gain nothing there, and cost memory.
 CPU_TOKENS = 1536  # of the images that are decoded together: two of 512 x 384
@@ -41,16 +42,17 @@ class DUSt3RTeacher:
     def __init__(self, frames, model, batch=None, folder=None, name="dust3r"):
         self.images, self.model, self.name = frames.image, model, name
         self.device = model.enc_norm.weight.device
-        self.is_half = self.device.type == "cuda"
+        self.is_half = gains_from_half(self.device, ("cuda",))
         sizes = {image.shape[:2] for image in self.images}
         for size in sizes:
             dust3r.check_size(size)
-        self.encoded = CUDA_ENCODED if self.is_half and len(sizes) == 1 else 1  # images that are encoded together
-        self.largest_batch = MOST_BATCH if self.is_half else 1  # pairs, for the labels' files: whatever memory there is
+        on_cuda = self.device.type == "cuda"
+        self.encoded = CUDA_ENCODED if on_cuda and len(sizes) == 1 else 1  # images that are encoded together
+        self.largest_batch = MOST_BATCH if on_cuda else 1  # pairs, for the labels' files: whatever memory there is
         largest = max((image.shape[:2] for image in self.images), key=np.prod, default=(1, 1))
         self.batch = batch or fitting_batch(self.device, largest)
         memory = CPU_BYTES
-        if self.device.type == "cuda":
+        if on_cuda:
             memory = int(CUDA_SHARE * torch.cuda.get_device_properties(self.device).total_memory)
         self._tokens = Remembered(self._encode, memory, folder)
         self._finest = Remembered(self._finest_of, memory)

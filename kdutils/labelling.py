@@ -46,7 +46,7 @@ class PairShards:
     @property
     def pairs(self):
         """All directed pairs ``(P, 2)``."""
-        return np.array(self.manifest["pairs"])
+        return np.array(self.manifest["pairs"], int).reshape(-1, 2)
 
     def among(self, images):
         """The ``PairPointmaps`` of all pairs between these images, which are numbered anew in ascending order."""
@@ -149,6 +149,8 @@ def _start_or_resume(folder, settings):
     """Shards of other settings are removed; shards of the same unfinished run stay."""
     artefacts.remove_asides(folder)
     if not artefacts.manifest_matches(folder / "started.json", settings):
+        for manifest in ("labels.json", "pairs.json", "started.json"):  # before the files that they vouch for
+            artefacts.discard(folder / manifest)
         shutil.rmtree(folder, ignore_errors=True)
         artefacts.write_json(folder / "started.json", {"settings": settings})
 

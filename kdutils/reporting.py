@@ -3,12 +3,14 @@
 import csv
 import io
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from kdutils import artefacts
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS, Study
+from kdutils.training import plan_for
 
 PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
 COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
@@ -28,9 +30,15 @@ def paper_mse(scene):
 
 
 def collect(study):
-    """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``."""
-    paths = (study.run_folder(arm) / "metrics.json" for arm in ARMS)
-    return [_row(artefacts.read_json(path)) for path in paths if path.exists()]
+    """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``.
+
+    A student that learned by another plan than the study's does not count.
+    """
+    paths = {arm: study.run_folder(arm) / "metrics.json" for arm in ARMS}
+    found = {arm: artefacts.read_json(path) for arm, path in paths.items() if path.exists()}
+    plans = {arm: artefacts.digest(asdict(plan_for(study, ARMS[arm]))) for arm in found}
+    return [_row(metrics) for arm, metrics in found.items()
+            if artefacts.digest(metrics["settings"]["student"]["plan"]) == plans[arm]]  # fmt: skip
 
 
 def over_seeds(study):
@@ -127,7 +135,8 @@ def claims(rows):
     sizes = [row["megabytes"] for row in rows]
     return [
         _claim("One image is enough to tell where its points are.",
-               "the best student's MSE is below a tenth of the mean point's", f"times below it: {ratios}",
+               "the MSE of the best of the paper's arms is below a tenth of the mean point's",
+               f"times below it: {ratios}",
                all(row["mse"] < 0.1 * row["mean_point_mse"] for row in best.values())),
         _paper_figure(rows, best),
         _vit_or_cnn(rows),
@@ -166,11 +175,11 @@ def _answers(here):
             compared.append(f"{own['label']} {own['mse']:.4f} m² against {best['mse']:.4f} ({best['label']})")
     if compared:
         yield "Is a network made for the task better, at the same steps and start?", ", ".join(compared)
-    own = here.get("anchornet-scratch")
-    for peer in (row for arm, row in here.items() if own and arm in ORIGINAL_ARMS):
-        yield ("And better than the original study's networks?",
-               f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times its MSE, "
-               f"and trains {peer['train_images_per_second']:.0f} images/s where it trains "
+    pairs = [(here.get(f"anchornet-{arm.start}"), here.get(name)) for name, arm in ORIGINAL_ARMS.items()]
+    for own, peer in (pair for pair in pairs if all(pair)):
+        yield ("And better than the networks of the authors' code, at the same start?",
+               f"{peer['label']} has {peer['mse'] / own['mse']:.1f} times the MSE of {own['label']}; "
+               f"it trains {peer['train_images_per_second']:.0f} images/s, {own['label']} "
                f"{own['train_images_per_second']:.0f}")  # fmt: skip
     frozen = [(name, here[random], here[frozen]) for name, frozen, random in _frozen_pairs()
               if {frozen, random} <= set(here) and not here[frozen]["unpretrained"]]  # fmt: skip
@@ -178,7 +187,7 @@ def _answers(here):
         gains = ", ".join(f"{name} {random['mse'] / pretrained['mse']:.1f}x" for name, random, pretrained in frozen)
         note = " and ".join(dict.fromkeys(pretrained["weights"] for _, _, pretrained in frozen))
         yield ("What is a pretrained backbone worth, frozen?",
-               f"a random one has so many times its MSE ({note} weights): {gains}")  # fmt: skip
+               f"MSE of a random one, divided by that of the pretrained one ({note} weights): {gains}")  # fmt: skip
     losses = {row["loss"]: row for arm, row in here.items()
               if arm in ABLATION_ARMS and ARMS[arm].loss and not row["unpretrained"]}  # fmt: skip
     if "mse" in losses:
@@ -187,7 +196,8 @@ def _answers(here):
         if best["loss"] == "mse":
             compared = ", ".join(f"{row['loss']} gives {row['mse']:.4f}" for row in others[:1])
         yield ("Do other distillation losses help?",
-               f"after {best['steps']} steps {best['loss']} is best with {best['mse']:.4f} m², {compared}")  # fmt: skip
+               f"after {best['steps']} steps, one seed: {best['loss']} is best with {best['mse']:.4f} m², "
+               f"{compared}")  # fmt: skip
 
 
 def _frozen_pairs():
@@ -246,7 +256,7 @@ def _paper_figure(rows, best):
     text = "The best student's test MSE is 0.0011 m² (kitchens) and 0.0012 m² (offices)."
     found = "; ".join(f"{scene}: {row['label']} {row['mse']:.4f} m²" for scene, row in best.items())
     if {(row["teacher"], row["preset"]) for row in rows} != {("dust3r", "study")}:
-        found = f"not comparable: another teacher, other rooms, a smaller budget; best here {found}"
+        found = f"not comparable: another teacher, other rooms, a smaller budget; best of the paper's arms here {found}"
         return _untested(text, "below 0.0015, with the paper's teacher and rooms", found)
     return _claim(text, "below 0.0015", f"best {found}", all(row["mse"] < 0.0015 for row in best.values()))
 

@@ -214,22 +214,25 @@ class Study:
 
     Artefacts lie under ``data/`` (preset ``sample``) or ``data/PRESET/``, so that presets never overwrite one another;
     the environment variable ``KDUTILS_DATA`` moves them elsewhere. A scene is a name or the path of a scene folder.
+    ``seconds`` take the place of the preset's budget, and such students have folders of their own.
 
     Raises:
         ValueError: an unknown preset, teacher or device; the message names the known ones.
     """
 
-    def __init__(self, scene="kitchen", preset="sample", teacher="auto", device="auto", seed=0):
+    def __init__(self, scene="kitchen", preset="sample", teacher="auto", device="auto", seed=0, seconds=None):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
-        self.preset_name, self.preset, self.seed = preset, PRESETS[preset], int(seed)
+        self.preset_name, self.preset, self.seed, self.seconds = preset, PRESETS[preset], int(seed), seconds
+        if seconds:
+            self.preset = replace(self.preset, seconds=seconds, steps=1_000_000)
         self.asked_teacher = self.preset.teacher if teacher == "auto" else teacher
         if self.asked_teacher not in TEACHERS:
             raise ValueError(f"unknown teacher {teacher!r}: use one of auto, {', '.join(TEACHERS)}")
         self.device = pick_device(device)
         if self.preset.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        self.data = Path(os.environ.get("KDUTILS_DATA", REPOSITORY / "data")).resolve()
+        self.data = Path(os.environ.get("KDUTILS_DATA") or REPOSITORY / "data").resolve()
         self.workspace = self.data if preset == "sample" else self.data / preset
         self.given, self.scene = scene, scene_name(scene, self.data / "scenes")
         self.frames_folder = self.workspace / "labels" / self.scene / "frames"
@@ -253,7 +256,8 @@ class Study:
         return self.workspace / "runs" / self.scene / self.teacher
 
     def run_folder(self, arm):
-        return self.runs_folder / (arm if self.seed == 0 else f"{arm}-seed{self.seed}")
+        seconds = f"-{self.seconds:g}s" if self.seconds else ""
+        return self.runs_folder / (arm + (f"-seed{self.seed}" if self.seed else "") + seconds)
 
     @property
     def notebooks_folder(self):
@@ -262,7 +266,7 @@ class Study:
 
     def figures_folder(self, scenes="all"):
         """``figures/`` for the default study as a whole; a folder of its own below it for all others."""
-        root = self.data / "figures" if "KDUTILS_DATA" in os.environ else REPOSITORY / "figures"
+        root = self.data / "figures" if os.environ.get("KDUTILS_DATA") else REPOSITORY / "figures"
         if scenes == "all" and self.describe() == Study(self.scene).describe():
             return root
         return root / "-".join([self.preset_name, self.teacher, f"seed{self.seed}", scenes.replace("/", "_")])
@@ -285,9 +289,9 @@ def scene_name(scene, scenes_folder):
     A folder of one's own that is called like a sample room, or lies in a building of 12Scenes, takes its parent's name
     along, so that rooms stay apart.
     """
-    folder = Path(scene).resolve()
-    if not folder.is_dir():
+    if not is_folder(scene):
         return str(scene)
+    folder = Path(scene).resolve()
     if folder.is_relative_to(scenes_folder):
         return str(folder.relative_to(scenes_folder))
     is_sample_room = folder.name.split("-")[0] in ("kitchen", "office")
@@ -295,8 +299,16 @@ def scene_name(scene, scenes_folder):
     return f"{folder.parent.name}-{folder.name}" if is_ambiguous else folder.name
 
 
+def is_folder(scene):
+    """Whether a scene is given by its folder; a bare name is a folder's only if there is a scene in it."""
+    folder = Path(scene)
+    return folder.is_dir() and (folder.name != str(scene) or (folder / "info.txt").exists())
+
+
 def pick_device(device="auto"):
-    """``auto`` is CUDA, then Apple's GPU, then the CPU."""
+    """``auto`` is CUDA, then Apple's GPU, then the CPU; each of torchrun's processes has a GPU of its own."""
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = "auto"
     if device != "auto":
         known = device == "cpu" or device.startswith("cuda") and torch.cuda.is_available()
         if not known and not (device == "mps" and torch.backends.mps.is_available()):

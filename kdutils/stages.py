@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
 from kdutils.alignment import photometric
 from kdutils.alignment.posing import Posed
+from kdutils.settings import is_folder
 
 Labels = namedtuple("Labels", "points confidence valid depth aligned report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, and depth along z, each (N, H, W).
@@ -57,7 +58,10 @@ def files_digest(study):
 
 
 def _given_folder(study):
-    for folder in (Path(study.given), study.data / "scenes" / study.scene):
+    given = Path(study.given)
+    if is_folder(given) and not given.resolve().is_relative_to(study.data):
+        return given  # opening it says what it lacks
+    for folder in (given, study.data / "scenes" / study.scene):
         if (folder / "info.txt").exists() and not (folder / "room.json").exists():
             return folder
     return None
@@ -109,6 +113,9 @@ def label(study, teacher):
     """Stage 02: the teacher over the pair graph, streamed to disk; see ``teachers.build``."""
     scene_frames = frames(study)
     edges = pairs.scene_pairs(scene_frames, study.preset.pair_graph, study.preset.window)
+    if not len(edges):
+        raise ValueError(f"{study.scene}: no two frames make a pair. Neighbouring frames of a sequence must show the "
+                         "same places from different ones.")  # fmt: skip
     inputs = artefacts.file_digest(study.frames_folder / scenes.MANIFEST)
     with artefacts.alone(study.labels_folder):
         return labelling.label_pairs(teacher, edges, scene_frames.size, study.labels_folder, inputs,
@@ -152,6 +159,9 @@ def labels(study, reduction=1):
     if not (study.labels_folder / "labels.json").exists():
         raise MissingStage(f"{study.labels_folder}: no labels. Run notebook 03 for scene {study.scene} first.")
     manifest = artefacts.read_json(study.labels_folder / "labels.json")
+    if manifest["settings"]["pairs"]["inputs"] != artefacts.file_digest(study.frames_folder / scenes.MANIFEST):
+        raise MissingStage(f"{study.labels_folder}: these labels are of other frames than those that notebook 01 left. "
+                           f"Run notebooks 02 and 03 for scene {study.scene} again.")  # fmt: skip
     kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
     depth, confidence, valid = kept["depth"], kept["confidence"], np.array(kept["valid"])
     if reduction > 1:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.request import Request, urlopen
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -241,7 +241,8 @@ def load(folder):
     made = artefacts.read_json(Path(folder) / "student.json")["settings"]
     uncertainty = losses.needs_uncertainty(made["plan"]["recipe"]["loss"])
     student, _ = build(Arm(**made["arm"]), made["size"], "random", made["vit_blocks"], uncertainty)
-    student.load_state_dict(load_file(Path(folder) / "student.safetensors"))
+    kept = artefacts.read_tensors(Path(folder) / "student.safetensors")
+    student.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in kept.items()})
     return student.eval()
 
 

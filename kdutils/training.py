@@ -38,11 +38,14 @@ def split_validation(sequence, share):
         share: of each training sequence, to hold out.
 
     Returns:
-        Two index arrays.
+        Two index arrays; a sequence of one frame is learned from.
     """
-    train, validation = [], []
+    train, validation = [np.zeros(0, int)], [np.zeros(0, int)]
     for name in np.unique(sequence[sequence > 0]):
         members = np.flatnonzero(sequence == name)
+        if len(members) == 1:
+            train.append(members)
+            continue
         held_out = max(1, round(len(members) * share))
         pieces = min(STRETCHES, held_out)
         for piece, few in zip(np.array_split(members, pieces), np.array_split(range(held_out), pieces)):
@@ -114,7 +117,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
         return student.eval(), artefacts.read_json(folder / "student.json")
     if arm.start != "scratch":
         print(f"{arm.name}: starts from {origin.note}")
-    student.place(examples[train_index].labelled_points())
+    student.place(examples.labelled_points(train_index))
     run = _Run(folder, settings, student, plan, progress)
     run.fit(examples, torch.as_tensor(train_index), torch.as_tensor(validation_index))
     manifest = {"settings": settings, "best_step": run.best["step"], "best_validation_mse": run.best["mse"],
@@ -122,6 +125,8 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
                 "images_per_second": run.step * min(plan.batch, len(train_index)) / run.learning_seconds,
                 "weights_origin": origin.origin}  # fmt: skip
     if RANK == 0:
+        for stale in ("metrics.json", "student.json"):
+            artefacts.discard(folder / stale)
         save_student(student, folder / "student.safetensors")
         artefacts.write_json(folder / "student.json", manifest)
         run.state_path.unlink(missing_ok=True)
@@ -312,10 +317,14 @@ def half_precision(device, kinds=("cuda",)):
 def gains_from_half(device, kinds):
     """Whether a device is of one of these kinds, and made for bfloat16.
 
-    A CPU that has no instructions for it trains in it some 2.5 times as slowly as in single precision.
+    A CPU that has no instructions for it trains in it some 2.5 times as slowly as in single precision; a GPU from
+    before Ampere only imitates them.
     """
-    able = device.type != "cpu" or any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
-    return device.type in kinds and able
+    if device.type not in kinds:
+        return False
+    if device.type == "cpu":
+        return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _batch(count, plan, step):

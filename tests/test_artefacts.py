@@ -97,6 +97,14 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_what_torch_says_of_a_full_disk_names_the_file(tmp_path):
+    def fails(aside):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+
+    with pytest.raises(OSError, match="training.pt: could not be written .*unexpected pos.* Make space"):
+        artefacts.write_aside(tmp_path / "training.pt", fails)
+
+
 def test_discard(tmp_path):
     artefacts.write_text(tmp_path / "a", "ü")
     assert (tmp_path / "a").read_text(encoding="utf-8") == "ü"

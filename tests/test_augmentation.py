@@ -100,7 +100,7 @@ def test_labelled_points_are_the_labelled_ones_in_order(world):
     mask[1, 2, 3] = mask[2, 4, 5] = mask[2, 4, 1] = True
     examples = examples_of(world, mask)
     assert_allclose(examples.labelled_points(), world.points[[1, 2, 2], [2, 4, 4], [3, 1, 5]], rtol=1e-5)
-    assert len(examples[torch.tensor([2])].labelled_points()) == 2
+    assert len(examples[torch.tensor([2])].labelled_points()) == len(examples.labelled_points([2])) == 2
 
 
 def test_labelled_points_are_thinned_evenly(world):

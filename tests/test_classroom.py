@@ -1,5 +1,6 @@
 """The second half of the study, on a scene of files: what a student sees of it, and says."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from numpy.testing import assert_allclose
 from PIL import Image
 from test_scenes import frame_file, info_text, split_text
 
-from kdutils import artefacts, classroom, settings, stages
+from kdutils import artefacts, classroom, settings, stages, teachers, training
 
 SIZE, TEST, TRAINING = (48, 64), 6, 9
 
@@ -52,9 +53,42 @@ def test_a_students_images_are_smaller_by_the_presets_reduction(scene, tmp_path,
 
 def test_an_arms_budget_of_seconds_can_be_given(scene, tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
-    endless = replace(settings.PRESETS["smoke"], size=SIZE, steps=1_000_000)
-    monkeypatch.setitem(settings.PRESETS, "smoke", endless)
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))
     given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--arms", "cnn-scratch", "--seconds", "0.5"]
     classroom.main(given)
-    made = artefacts.read_json(settings.Study(str(scene), "smoke", "depth").run_folder("cnn-scratch") / "student.json")
-    assert made["settings"]["plan"]["seconds"] == 0.5 and 0.5 <= made["seconds"] < 60 and made["steps"] < 10_000
+    short, plain = (settings.Study(str(scene), "smoke", "depth", seconds=seconds) for seconds in (0.5, None))
+    made = artefacts.read_json(short.run_folder("cnn-scratch") / "student.json")
+    assert not plain.run_folder("cnn-scratch").exists()
+    assert made["settings"]["plan"]["seconds"] == 0.5 and 0.5 <= made["seconds"] < 60
+    assert 0 < made["steps"] < made["settings"]["plan"]["steps"] == 1_000_000
+
+
+@pytest.mark.parametrize("part", ["test", "validation", "training"])
+def test_frames_without_labels_are_noticed_before_a_student_learns(scene, tmp_path, monkeypatch, part):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))
+    study = settings.Study(str(scene), "smoke", "depth")
+    stages.prepare(study)
+    stages.label(study, teachers.build(study, stages.frames(study)))
+    stages.align(study)
+    room = classroom.Classroom(study)
+    file = study.labels_folder / "labels.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in artefacts.read_tensors(file).items()}
+    tensors["valid"][getattr(room, {"training": "train"}.get(part, part))] = False
+    artefacts.write_tensors(file, tensors)
+    with pytest.raises(training.TrainingError, match=f"no {part} frame has a label"):
+        classroom.Classroom(study)
+
+
+def test_labels_of_other_frames_are_not_taken(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))
+    own = shutil.copytree(scene, tmp_path / "box")
+    study = settings.Study(str(own), "smoke", "depth")
+    stages.prepare(study)
+    stages.label(study, teachers.build(study, stages.frames(study)))
+    stages.align(study)
+    (own / "split.txt").write_text(split_text(TEST, TRAINING - 2))
+    stages.prepare(study)
+    with pytest.raises(stages.MissingStage, match="other frames.*notebooks 02 and 03"):
+        stages.labels(study)

@@ -11,7 +11,7 @@ import torch
 from test_scenes import write_scene
 
 from kdutils import __main__ as driver
-from kdutils import dust3r, shipped, stages
+from kdutils import dust3r, scenes, shipped, stages
 from kdutils.settings import (
     ABLATION_ARMS,
     ARMS,
@@ -32,6 +32,27 @@ def test_a_folder_of_scenes_stands_for_its_scenes(tmp_path):
     (tmp_path / "apt1" / "README").touch()
     assert [Path(path).name for path in driver.expand(tmp_path / "apt1")] == ["a", "b"]
     assert driver.expand("kitchen-7") == ["kitchen-7"]
+
+
+def test_a_folder_called_like_a_sample_room_takes_its_place_only_if_a_scene_is_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kitchen").mkdir()
+    assert driver.expand("kitchen") == ["kitchen"] and Study("kitchen").scene == "kitchen"
+    (tmp_path / "kitchen" / "info.txt").touch()
+    assert driver.expand("kitchen") == [str(tmp_path / "kitchen")]
+    assert Study("kitchen").scene == f"{tmp_path.name}-kitchen"
+
+
+def test_a_folder_that_is_no_scene_is_told_what_it_lacks(tmp_path):
+    with pytest.raises(scenes.SceneError, match="info.txt"):
+        stages.prepare(Study(tmp_path))
+
+
+def test_a_comma_in_a_scenes_name_is_refused_before_anything_runs(tmp_path, capsys):
+    (tmp_path / "flat 2, kitchen").mkdir()
+    assert driver.main([str(tmp_path / "flat 2, kitchen")]) == 1
+    said = capsys.readouterr()
+    assert "a list of scenes with commas" in said.err and "01_scenes" not in said.out
 
 
 def test_rooms_of_two_buildings_stay_apart(tmp_path):
@@ -148,9 +169,15 @@ def test_only_the_default_study_writes_to_the_figures_of_the_readme(monkeypatch)
     assert len(set(folders)) == 4 and all(folder.parent == figures for folder in folders)
 
 
-def test_seeds_and_presets_keep_apart():
-    folders = {Study(preset=preset, seed=seed).run_folder("cnn-scratch") for preset in PRESETS for seed in (0, 1)}
-    assert len(folders) == 2 * len(PRESETS)
+def test_seeds_presets_and_budgets_keep_apart():
+    folders = {Study(preset=preset, seed=seed, seconds=seconds).run_folder("cnn-scratch")
+               for preset in PRESETS for seed in (0, 1) for seconds in (None, 60, 0.5)}  # fmt: skip
+    assert len(folders) == 6 * len(PRESETS)
+
+
+def test_an_empty_data_folder_is_the_repositorys(monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", "")
+    assert Study().data == REPOSITORY / "data"
 
 
 @pytest.fixture

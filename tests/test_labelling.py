@@ -186,6 +186,20 @@ def test_changed_settings_label_anew(tmp_path, changed):
     assert len(list((tmp_path / "labels").glob("pairs-*.safetensors"))) == len(shards)
 
 
+def test_labels_killed_while_old_ones_are_removed_are_not_taken_for_whole(tmp_path, monkeypatch):
+    folder = tmp_path / "labels"
+    make_labels(folder)
+    (folder / "labels.json").write_text("{}")
+
+    def killed(folder, ignore_errors):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make_labels(folder, inputs="other")
+    assert not list(folder.glob("*.json"))
+
+
 def test_changed_graph_labels_anew(tmp_path):
     make_labels(tmp_path)
     world = box_world(7, SIZE)

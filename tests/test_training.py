@@ -96,6 +96,13 @@ def test_a_sequence_of_two_frames_has_one_for_each():
     assert train.tolist() == [2] and validation.tolist() == [3]
 
 
+def test_a_sequence_of_one_frame_is_learned_from():
+    train, validation = training.split_validation(np.array([0, 1, 2, 2]), 0.15)
+    assert train.tolist() == [1, 2] and validation.tolist() == [3]
+    train, validation = training.split_validation(np.array([0, 1]), 0.15)
+    assert train.tolist() == [1] and validation.tolist() == []
+
+
 # The schedule
 
 
@@ -288,6 +295,19 @@ def test_finished_run_is_not_repeated(whole):
     assert {path: path.stat().st_mtime_ns for path in arm_folder(folder).iterdir()} == before
     kept = again.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in student.state_dict().items())
+
+
+def test_a_run_killed_while_it_keeps_its_weights_leaves_no_manifest_of_others(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    (arm_folder(tmp_path) / "metrics.json").write_text("{}")
+
+    def killed(student, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_student", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, inputs="other")
+    assert names_in(tmp_path) == ["student.safetensors", "training.pt"]
 
 
 CHANGED = [{"inputs": "other"}, {"recipe": {"learning_rate": 1e-4}}, {"recipe": {"loss": "l1"}},

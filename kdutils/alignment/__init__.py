@@ -43,7 +43,7 @@ class Alignment:
 def world_points(depth, intrinsics, poses):
     """Depths ``(N, H, W)`` to world points ``(N, H, W, 3)`` on the pixels' rays."""
     points = np.empty((*depth.shape, 3), np.float32)
-    for image, (d, k, pose) in enumerate(zip(depth, intrinsics, poses)):
+    for image, (d, k, pose) in enumerate(zip(depth, intrinsics, poses, strict=True)):
         rays = geometry.pixel_rays(k, *d.shape) @ pose[:3, :3].T
         points[image] = d[..., None] * rays + pose[:3, 3]
     return points
