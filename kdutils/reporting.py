@@ -98,10 +98,11 @@ def table(rows, with_paper=False, columns=TABLE):
 
 def camera_table(rows):
     """Rows as a Markdown table of how well they find the camera, and of what and how long they learned."""
-    names = ("scene", "teacher", "student", "images seen", "MSE m²", "median cm", "to depth cm", "camera cm", "degrees",
-             "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
-    lines = [[row["scene"], row["teacher"], row["label"], f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}",
-              f"{100 * row['median']:.1f}", f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
+    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "median cm", "to depth cm",
+             "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
+    lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
+              f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", f"{100 * row['median']:.1f}",
+              f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
              for row in rows]  # fmt: skip
     return markdown(names, lines)
 

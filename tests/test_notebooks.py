@@ -82,11 +82,13 @@ def executed(data):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
 class TestCommitted:
-    def test_is_small_and_executed_in_order_without_errors(self, notebook):
+    def test_is_small_and_executed_in_order_without_errors_and_bars(self, notebook):
         cells = code_cells(notebook)
         assert notebook.stat().st_size < 2_000_000
         assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-        assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+        outputs = [output for cell in cells for output in cell.outputs]
+        assert not [output for output in outputs if output.output_type == "error"]
+        assert not [output for output in outputs if any("widget" in kind for kind in output.get("data", {}))]
 
     def test_has_one_parameters_cell_with_the_agreed_names(self, notebook):
         tagged = [cell.source for cell in code_cells(notebook) if "parameters" in cell.metadata.get("tags", [])]

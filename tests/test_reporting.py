@@ -104,7 +104,7 @@ def test_table_has_the_arms_proper_best_first(rows):
 def test_camera_table_says_what_was_learned_and_what_is_found(rows):
     names, _, line = cells(reporting.camera_table([row for row in rows if row["arm"] == "anchornet-long"]))
     assert dict(zip(names, line, strict=True)) == {
-        "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "images seen": "12,800",
+        "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0", "images seen": "12,800",
         "MSE m²": "0.0500", "median cm": "25.0", "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
         "within 5 cm, 5°": "30%", "within 2 cm, 2°": "10%",
     }  # fmt: skip
