@@ -217,14 +217,16 @@ class Study:
     ``seconds`` take the place of the preset's budget, and such students have folders of their own.
 
     Raises:
-        ValueError: an unknown preset, teacher or device; the message names the known ones.
+        ValueError: an unknown preset, teacher or device, of which the message names the known ones; no budget.
     """
 
     def __init__(self, scene="kitchen", preset="sample", teacher="auto", device="auto", seed=0, seconds=None):
         if preset not in PRESETS:
             raise ValueError(f"unknown preset {preset!r}: use one of {', '.join(PRESETS)}")
         self.preset_name, self.preset, self.seed, self.seconds = preset, PRESETS[preset], int(seed), seconds
-        if seconds:
+        if seconds is not None:
+            if not seconds > 0:
+                raise ValueError(f"an arm's budget of {seconds} seconds: give more than 0")
             self.preset = replace(self.preset, seconds=seconds, steps=1_000_000)
         self.asked_teacher = self.preset.teacher if teacher == "auto" else teacher
         if self.asked_teacher not in TEACHERS:
