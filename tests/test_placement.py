@@ -27,7 +27,7 @@ def fake(monkeypatch):
     """The fake tensors' mode, without what asks for a driver even so: backward pass, autocast, the memory's size."""
     monkeypatch.setattr(torch.Tensor, "backward", lambda self: None)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
