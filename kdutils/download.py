@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from . import artefacts
 from .scenes import BUILDINGS, find_scenes
+from .settings import data_folder
 
 BASE_URL = "http://graphics.stanford.edu/projects/reloc/data"
 LICENCE = "12Scenes is for research only; its terms are at http://graphics.stanford.edu/projects/reloc/."
@@ -137,15 +138,11 @@ def unpack(archive, target):
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _scenes_folder():
-    return Path(os.environ.get("KDUTILS_DATA") or Path(__file__).resolve().parent.parent / "data") / "scenes"
-
-
 def main(argv=None):
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m kdutils.download", description="Download 12Scenes. " + LICENCE)
     parser.add_argument("names", nargs="+", choices=BUILDINGS, metavar="NAME", help=", ".join(BUILDINGS))
-    parser.add_argument("--folder", default=_scenes_folder(), help="where the scenes go (default: %(default)s)")
+    parser.add_argument("--folder", default=data_folder() / "scenes", help="where the scenes go (default: %(default)s)")
     parser.add_argument("--i-accept-the-licence", action="store_true", help="do not ask; " + LICENCE)
     parser.add_argument("--base-url", default=BASE_URL, help="address of the zip files (default: %(default)s)")
     options = parser.parse_args(argv)

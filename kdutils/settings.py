@@ -234,7 +234,7 @@ class Study:
         self.device = pick_device(device)
         if self.preset.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
-        self.data = Path(os.environ.get("KDUTILS_DATA") or REPOSITORY / "data").resolve()
+        self.data = data_folder()
         self.workspace = self.data if preset == "sample" else self.data / preset
         self.given, self.scene = scene, scene_name(scene, self.data / "scenes")
         self.frames_folder = self.workspace / "labels" / self.scene / "frames"
@@ -283,6 +283,11 @@ class Study:
         """Settings as plain data, for manifests and for print."""
         return {**asdict(self.preset), "scene": self.scene, "preset": self.preset_name, "teacher": self.teacher,
                 "seed": self.seed}  # fmt: skip
+
+
+def data_folder():
+    """Where all that a run reads and writes lies: ``KDUTILS_DATA``, or ``data`` in the repository."""
+    return Path(os.environ.get("KDUTILS_DATA") or REPOSITORY / "data").resolve()
 
 
 def scene_name(scene, scenes_folder):

@@ -30,6 +30,13 @@ def scene(tmp_path_factory):
     return folder
 
 
+def align(study):
+    """Stages 01 to 03."""
+    stages.prepare(study)
+    stages.label(study, teachers.build(study, stages.frames(study)))
+    stages.align(study)
+
+
 @pytest.mark.parametrize("reduction", [1, 2])
 def test_a_students_images_are_smaller_by_the_presets_reduction(scene, tmp_path, monkeypatch, capsys, reduction):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
@@ -68,9 +75,7 @@ def test_frames_without_labels_are_noticed_before_a_student_learns(scene, tmp_pa
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))
     study = settings.Study(str(scene), "smoke", "depth")
-    stages.prepare(study)
-    stages.label(study, teachers.build(study, stages.frames(study)))
-    stages.align(study)
+    align(study)
     room = classroom.Classroom(study)
     file = study.labels_folder / "labels.safetensors"
     tensors = {name: np.array(tensor) for name, tensor in artefacts.read_tensors(file).items()}
@@ -85,9 +90,7 @@ def test_labels_of_other_frames_are_not_taken(scene, tmp_path, monkeypatch):
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))
     own = shutil.copytree(scene, tmp_path / "box")
     study = settings.Study(str(own), "smoke", "depth")
-    stages.prepare(study)
-    stages.label(study, teachers.build(study, stages.frames(study)))
-    stages.align(study)
+    align(study)
     (own / "split.txt").write_text(split_text(TEST, TRAINING - 2))
     stages.prepare(study)
     with pytest.raises(stages.MissingStage, match="other frames.*notebooks 02 and 03"):
