@@ -6,6 +6,7 @@ in ``anchornet``, the two of the original study's code in ``original``. Weights 
 the study (``shipped``), for where timm's cannot be had.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import resample_abs_pos_embed
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdutils import anchornet, artefacts, losses, original, shipped
 from kdutils.settings import Arm
@@ -244,6 +246,30 @@ def load(folder):
     kept = artefacts.read_tensors(Path(folder) / "student.safetensors")
     student.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in kept.items()})
     return student.eval()
+
+
+def deployed(student, dtype=torch.float32):
+    """A copy of a trained student that answers faster, and the same but for rounding; it cannot be trained further.
+
+    Each batch norm becomes part of the convolution before it. ``dtype`` is what the backbone keeps its weights in:
+    bfloat16 where it computes in that (under autocast), which would convert them anew for every image.
+    """
+    student = _without_batch_norm(copy.deepcopy(student).eval().requires_grad_(False))
+    for layer in student.backbone.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.to(dtype)
+    return student
+
+
+def _without_batch_norm(module):
+    children = list(module.named_children())
+    for (name, layer), (name_after, after) in zip(children, children[1:]):
+        if isinstance(layer, nn.Conv2d) and isinstance(after, nn.BatchNorm2d):
+            setattr(module, name, fuse_conv_bn_eval(layer, after))
+            setattr(module, name_after, getattr(after, "act", nn.Identity()))  # timm's norm has its activation in it
+    for child in module.children():
+        _without_batch_norm(child)
+    return module
 
 
 BACKBONES = {

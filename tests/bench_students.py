@@ -71,7 +71,8 @@ def dust3r_milliseconds(device, repeats=3):
 def student_milliseconds(arm, size, device):
     """A GPU replays the student's few hundred kernels as one graph: to launch each takes longer than to run it."""
     student = students.build(replace(ARMS[arm], start="scratch"), size, uncertainty=False)[0]
-    student = student.to(device, memory_format=torch.channels_last).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    student = students.deployed(student, dtype).to(device, memory_format=torch.channels_last)
     return graph_milliseconds(student, size) if device.type == "cuda" else evaluation.latency(student, size, repeats=20)
 
 

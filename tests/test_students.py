@@ -126,6 +126,57 @@ def test_points_are_not_rounded_where_the_network_works_in_bfloat16(arm):
     torch.testing.assert_close(half, exact, atol=1e-4, rtol=0)  # bfloat16 has steps of 8e-3 there
 
 
+def with_statistics(student):
+    """Batch norms as after a training: ones that change nothing would hide a mistake."""
+    generator = torch.Generator().manual_seed(3)
+    norms = [module for module in student.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.running_mean.normal_(0, 0.3, generator=generator)
+        norm.running_var.uniform_(0.5, 2, generator=generator)
+        norm.weight.data.uniform_(0.5, 1.5, generator=generator)
+        norm.bias.data.normal_(0, 0.3, generator=generator)
+    return len(norms)
+
+
+DEPLOYED = ["cnn-scratch", "mobilenet-scratch", "vit16-scratch", "anchornet-scratch", "original-mobilenet"]
+
+
+@pytest.mark.parametrize("arm", DEPLOYED)
+def test_a_deployed_student_has_no_batch_norm_and_the_same_answers(arm, weights):
+    torch.manual_seed(0)
+    student = build(arm, SMALL, weights, uncertainty=arm not in ORIGINAL_ARMS)[0].place(torch.randn(500, 3)).eval()
+    assert with_statistics(student) > 0
+    deployed, images = students.deployed(student), torch.rand(2, 3, *SMALL)
+    assert with_statistics(deployed) == 0
+    with torch.inference_mode():
+        said, expected = deployed(images), student(images)
+    for one, other in zip(said, expected):
+        assert one is other is None or (one - other).abs().max() < 1e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("arm", DEPLOYED)
+def test_bfloat16_weights_answer_as_autocast_does(arm, weights):
+    torch.manual_seed(0)
+    student = build(arm, SMALL, weights)[0].place(torch.randn(500, 3)).eval()
+    images = torch.rand(2, 3, *SMALL)
+    with torch.inference_mode():
+        exact = student(images).points
+        with torch.autocast("cpu", torch.bfloat16):
+            expected = student(images).points
+            said = students.deployed(student, torch.bfloat16)(images).points
+    assert said.dtype == torch.float32
+    assert (said - exact).norm() < 2 * (expected - exact).norm()
+
+
+def test_to_deploy_a_student_leaves_it_as_it_is():
+    student = build("anchornet-scratch", SMALL)[0].train()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    students.deployed(student, torch.bfloat16)
+    after = student.state_dict()
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_vision_transformer_can_be_short(weights):
     student, _ = build("vit16-unfrozen", SMALL, weights, vit_blocks=4)
     given, own = load_file(weights / f"{students.TIMM_MODELS['vit']}.safetensors"), student.backbone.body.state_dict()
