@@ -105,10 +105,13 @@ def convex_upsampling(cells, mixture, stride):
         ``(B, C, h * stride, w * stride)``.
     """
     count, channels, height, width = cells.shape
-    weights = mixture.view(count, 1, 9, stride**2, height, width).softmax(2)
-    around = F.unfold(bordered(cells), 3).view(count, channels, 9, 1, height, width)
-    fine = (weights * around).sum(2).view(count, channels * stride**2, height, width)
-    return F.pixel_shuffle(fine, stride)
+    border, three = bordered(cells), range(3)
+    # Not F.unfold, which a GPU does image by image; and a product, as the weights are too many to be copied.
+    around = torch.stack([border[..., row : row + height, col : col + width] for row in three for col in three], -1)
+    around = around.permute(0, 2, 3, 1, 4).flatten(0, 2)
+    weights = mixture.permute(0, 2, 3, 1).reshape(-1, 9, stride**2).softmax(1)
+    fine = torch.bmm(around, weights).view(count, height, width, channels, stride, stride)
+    return fine.permute(0, 3, 1, 4, 2, 5).reshape(count, channels, height * stride, width * stride)
 
 
 def bordered(maps):

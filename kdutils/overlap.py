@@ -161,4 +161,3 @@ def choose(edges, count):
     for most, joins_only in ((3, True), (MOST_NEIGHBOURS, True), (4, False), (MOST_NEIGHBOURS, False)):
         take(most, joins_only)
     return edges[np.array(sorted(chosen), int)]
-

@@ -163,9 +163,11 @@ def _answers(here):
     proper = without_ablations(here.values())
     there, deep = (min(proper, key=lambda row: np.nan_to_num(row[figure], nan=np.inf))
                    for figure in ("localised_translation", "depth_median"))  # fmt: skip
-    yield ("Can a student localise the camera?",
-           f"{there['label']} median {100 * there['localised_translation']:.1f} cm, "
-           f"{there['localised_rotation']:.1f}°, {there['localised_within_5cm_5deg']:.0%} within 5 cm and 5°")
+    yield (
+        "Can a student localise the camera?",
+        f"{there['label']} median {100 * there['localised_translation']:.1f} cm, "
+        f"{there['localised_rotation']:.1f}°, {there['localised_within_5cm_5deg']:.0%} within 5 cm and 5°",
+    )
     yield ("How far are students from the true depth?", f"{deep['label']} median {100 * deep['depth_median']:.1f} cm")
     compared = []
     for start in STARTS:

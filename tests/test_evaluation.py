@@ -1,6 +1,5 @@
 """Error figures against closed forms, sizes counted by hand, predictions and tables that survive the disk."""
 
-
 import numpy as np
 import pytest
 import torch

@@ -149,8 +149,15 @@ def test_four_points_are_enough_to_be_asked(world, with_scale):
 
 
 LINE, NOISE = np.linspace(0, 1, SIZE[0] * SIZE[1]).reshape(*SIZE, 1), np.random.default_rng(0).random((*SIZE, 3))
-DEGENERATE = {"one point": np.ones((*SIZE, 3)), "zeros": np.zeros((*SIZE, 3)), "a line": LINE * [1.0, 2, 3],
-              "a plane of noise": NOISE * [1.0, 1, 0], "noise": NOISE, "huge": 1e12 * NOISE, "tiny": 1e-12 * NOISE}
+DEGENERATE = {
+    "one point": np.ones((*SIZE, 3)),
+    "zeros": np.zeros((*SIZE, 3)),
+    "a line": LINE * [1.0, 2, 3],
+    "a plane of noise": NOISE * [1.0, 1, 0],
+    "noise": NOISE,
+    "huge": 1e12 * NOISE,
+    "tiny": 1e-12 * NOISE,
+}
 
 
 @pytest.mark.parametrize("kind", DEGENERATE)

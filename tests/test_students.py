@@ -336,6 +336,12 @@ def test_each_upsampled_pixel_lies_among_its_nine_cells(stride, seed, spread):
     assert fine.std() > 0.1
 
 
+def test_upsampling_does_not_depend_on_the_memory_layout():
+    cells, mixture = torch.randn(2, 4, 5, 6), torch.randn(2, 9 * 16, 5, 6)
+    last = (maps.contiguous(memory_format=torch.channels_last) for maps in (cells, mixture))
+    assert torch.equal(anchornet.convex_upsampling(*last, 4), anchornet.convex_upsampling(cells, mixture, 4))
+
+
 def test_each_pixel_of_a_cell_chooses_a_neighbour_of_its_own():
     cells = torch.arange(20.0).view(1, 1, 4, 5)
     mixture = torch.zeros(1, 9, 4, 4, 5)

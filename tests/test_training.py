@@ -274,6 +274,7 @@ def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, arm, kill_at):
 
 def test_running_mean_of_the_second_half(tmp_path):
     """With a constant rate, a shorter run goes the same way; the mean of 5 steps takes in the weights after 4 and 5."""
+
     def weights_after(steps, averaged):
         student, *_ = run(tmp_path / f"{steps} {averaged}", steps=steps, validations=1,
                           recipe={"schedule": "constant", "averaged": averaged})  # fmt: skip
