@@ -106,7 +106,8 @@ def convex_upsampling(cells, mixture, stride):
     """
     count, channels, height, width = cells.shape
     border, three = bordered(cells), range(3)
-    # Not F.unfold, which a GPU does image by image; and a product, as the weights are too many to be copied.
+    # Not F.unfold, which a GPU does image by image; and a matrix product, for to multiply and then add up would need
+    # C times the memory of the weights, which are by far the largest maps here.
     around = torch.stack([border[..., row : row + height, col : col + width] for row in three for col in three], -1)
     around = around.permute(0, 2, 3, 1, 4).flatten(0, 2)
     weights = mixture.permute(0, 2, 3, 1).reshape(-1, 9, stride**2).softmax(1)

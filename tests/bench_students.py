@@ -4,7 +4,8 @@
     python tests/bench_students.py --train-size 96 128   # for a CPU: the original CNN works at full resolution
 
 All in one run on one machine. DUSt3R has random weights (its times do not depend on them) and runs as this repository
-does it: bfloat16 on CUDA. Training images are counted at equal output resolution, batch and precision.
+does it: bfloat16 on CUDA. Students answer as `students.deployed` leaves them. Training images are counted at equal
+output resolution, batch and precision.
 """
 
 import argparse
