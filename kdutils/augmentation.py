@@ -17,6 +17,7 @@ DRAWS = 17  # random numbers that one augmented view takes
 NEAREST = 0.1  # metres before a camera
 FIXED_POINT_STEPS = 6
 MOST_MISSED = 0.7  # pixels
+EDGE = 0.05  # share of the depth by which pixels of one surface differ at most
 RESIDENT_SHARE = 0.6  # of the device's free memory that examples may take
 
 
@@ -76,6 +77,21 @@ class Examples:
         index = torch.as_tensor(index).to(self.images.device, non_blocking=True)
         chosen = (getattr(self, field.name)[index] for field in fields(self)[:-1])
         return Examples(*(tensor.to(self.device, non_blocking=True) for tensor in chosen), self.device)
+
+    def reduced(self, factor):
+        """The same frames with ``factor`` x ``factor`` pixels made one.
+
+        A label's depth is their mean, where all have one and none lies behind an edge: a mean of both sides would be a
+        point in the air.
+        """
+        depth = _blocks(torch.where(self.mask, self.depth.float(), 0), factor)
+        nearest, mean = depth.amin(-1), depth.mean(-1)
+        mask = (nearest > 0) & (depth.amax(-1) - nearest < EDGE * mean)
+        images = F.avg_pool2d(self.images.permute(0, 3, 1, 2).float(), factor).round().byte().permute(0, 2, 3, 1)
+        confidence = _blocks(self.confidence, factor).amin(-1)
+        shrink = self.intrinsics.new_tensor([1 / factor, 1 / factor, 1])[:, None]
+        return Examples(images.contiguous(), torch.where(mask, mean, 0), mask, confidence,
+                        shrink * self.intrinsics, self.poses, self.device)  # fmt: skip
 
     def batch(self):
         """These frames as they were taken."""
@@ -223,6 +239,12 @@ def world_points(pixels, depth, intrinsics, poses):
 def free_memory(device):
     """Free bytes of a device; Apple's GPUs share the host's memory."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def _blocks(maps, factor):
+    """Maps ``(N, H, W)`` as ``(N, H / factor, W / factor, factor²)``."""
+    rows = maps.unflatten(1, (-1, factor)).unflatten(3, (-1, factor))
+    return rows.permute(0, 1, 3, 2, 4).flatten(3)
 
 
 def _shared(array):

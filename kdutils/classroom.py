@@ -17,9 +17,8 @@ class Classroom:
 
     def __init__(self, study, weights="auto"):
         self.study, self.weights = study, weights
-        of_student = study, study.preset.reduction
-        self.labels, self.frames = stages.labels(*of_student), stages.frames(*of_student)
-        self.truth, self.measured = stages.depth_points(*of_student)
+        self.labels, self.frames = stages.labels(study), stages.frames(study)
+        self.truth, self.measured = stages.depth_points(study)
         self.test = np.flatnonzero(self.frames.is_test)
         labelled = self.labels.valid.any((1, 2))
         split = training.split_validation(np.asarray(self.frames.sequence), study.preset.validation_share)

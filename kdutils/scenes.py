@@ -9,7 +9,7 @@ import struct
 import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,6 @@ from . import artefacts, geometry, photos
 
 KINDS = {"color": "color.jpg", "depth": "depth.png", "pose": "pose.txt"}
 BUILDINGS = ("apt1", "apt2", "office1", "office2")
-EDGE = 0.05  # share of the depth by which pixels of one surface differ at most
 TENSORS, MANIFEST = "frames.safetensors", "frames.json"
 RESTORE = "restore the file from the data set's zip"
 _SEQUENCE = re.compile(r"sequence(\d+)\s*\[frames=(\d+)\]\s*\[start=(\d+)\s*;\s*end=(\d+)\]")
@@ -329,32 +328,6 @@ class Frames:
     def size(self):
         """(height, width) of the images, in pixels."""
         return self.image.shape[1:3]
-
-    def reduced(self, factor):
-        """The same frames with ``factor`` x ``factor`` pixels made one, in memory; see `reduced_depth`."""
-        if factor == 1:
-            return self
-        image = blocks(self.image, factor).mean(3).round().astype(np.uint8)
-        intrinsics = geometry.rescale(self.intrinsics, self.size, image.shape[1:3])
-        return replace(self, image=image, depth=reduced_depth(self.depth, factor), intrinsics=intrinsics)
-
-
-def reduced_depth(depth, factor):
-    """Depth ``(N, H, W)`` along z, 0 where there is none, with ``factor`` x ``factor`` pixels made one.
-
-    It is their mean, where all have a depth and none lies behind an edge: a mean of both sides would be a point in the
-    air.
-    """
-    of_block = blocks(depth, factor)
-    nearest, mean = of_block.min(-1), of_block.mean(-1)
-    return np.where((nearest > 0) & (np.ptp(of_block, axis=-1) < EDGE * mean), mean, 0)
-
-
-def blocks(maps, factor):
-    """Maps ``(N, H, W, ...)`` as ``(N, H / factor, W / factor, factor², ...)``."""
-    count, height, width, *rest = maps.shape
-    split = maps.reshape(count, height // factor, factor, width // factor, factor, *rest)
-    return split.swapaxes(2, 3).reshape(count, height // factor, width // factor, factor**2, *rest)
 
 
 def prepare(scene, out, size, most_train=None, most_test=None, progress=None):

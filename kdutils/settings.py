@@ -93,6 +93,7 @@ class Recipe:
     schedule: str = "cosine"
     weight_decay: float = 0.01
     averaged: bool = False  # the student is the running mean of its weights in the second half
+    coarse: float = 0.0  # share of the budget, at first, with images made smaller by the preset's `reduction`
 
 
 RECIPES = {
@@ -100,7 +101,7 @@ RECIPES = {
     "mobilenet": Recipe(2e-3),
     "vit": Recipe(5e-4),
     "frozen": Recipe(3e-3),  # the head alone, on a frozen backbone
-    "anchornet": Recipe(3e-3, "laplace+mse", averaged=True),
+    "anchornet": Recipe(3e-3, "laplace+mse", averaged=True, coarse=0.6),
     "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0),
     "original-mobilenet": Recipe(1e-3, augmented=False, schedule="constant", weight_decay=0.0),
 }
@@ -172,7 +173,7 @@ class Preset:
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     # Teachers that known cameras and the pictures help, see alignment.posing and alignment.photometric.
     assisted: tuple[str, ...] = ("compact",)
-    reduction: int = 1  # a student's images are smaller by this factor: it learns from more of them in the same time
+    reduction: int = 1  # of images in the coarse part of a recipe: a student learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes
     deterministic: bool = False  # on CUDA, at a price; the CPU always is
 

@@ -76,9 +76,9 @@ def prepare(study):
                               progress=partial(tqdm, desc="decode", unit="frame"))  # fmt: skip
 
 
-def frames(study, reduction=1):
-    """What stage 01 prepared; ``reduction`` as in `settings.Preset`."""
-    return scenes.Frames.load(study.frames_folder).reduced(reduction)
+def frames(study):
+    """What stage 01 prepared."""
+    return scenes.Frames.load(study.frames_folder)
 
 
 def settle_teacher(study, checkpoint="auto"):
@@ -154,8 +154,8 @@ def _align(study, shards, manifest, settings):
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
 
 
-def labels(study, reduction=1):
-    """What stage 03 aligned; ``reduction`` as in `settings.Preset`."""
+def labels(study):
+    """What stage 03 aligned."""
     if not (study.labels_folder / "labels.json").exists():
         raise MissingStage(f"{study.labels_folder}: no labels. Run notebook 03 for scene {study.scene} first.")
     manifest = artefacts.read_json(study.labels_folder / "labels.json")
@@ -163,18 +163,13 @@ def labels(study, reduction=1):
         raise MissingStage(f"{study.labels_folder}: these labels are of other frames than those that notebook 01 left. "
                            f"Run notebooks 02 and 03 for scene {study.scene} again.")  # fmt: skip
     kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
-    depth, confidence, valid = kept["depth"], kept["confidence"], np.array(kept["valid"])
-    if reduction > 1:
-        depth = scenes.reduced_depth(np.where(valid, depth, 0), reduction)
-        confidence, valid = scenes.blocks(confidence, reduction).min(-1), depth > 0
-    points = _in_world(frames(study, reduction), depth)
-    return Labels(points, confidence, valid, depth, kept.get("aligned"), manifest["report"],
-                  artefacts.digest(manifest["settings"]))  # fmt: skip
+    return Labels(_in_world(frames(study), kept["depth"]), kept["confidence"], np.array(kept["valid"]), kept["depth"],
+                  kept.get("aligned"), manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
 
 
-def depth_points(study, reduction=1):
+def depth_points(study):
     """The depth camera's own answer: world points ``(N, H, W, 3)`` in metres, and where it has one ``(N, H, W)``."""
-    scene_frames = frames(study, reduction)
+    scene_frames = frames(study)
     return _in_world(scene_frames, np.asarray(scene_frames.depth)), np.asarray(scene_frames.depth) > 0
 
 

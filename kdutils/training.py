@@ -65,6 +65,7 @@ class Plan:
     validations: int
     seed: int
     augmentation: Augmentation | None = None
+    reduction: int = 1
     bfloat16: tuple[str, ...] = ("cuda",)
     compile: bool = False
     deterministic: bool = False
@@ -82,7 +83,7 @@ def plan_for(study, arm):
     seconds = preset.seconds and preset.seconds * arm.budget
     return Plan(recipe, max(1, round(preset.steps * arm.budget)), seconds, preset.batch, preset.validations,
                 arm_seed(study.seed, arm.name), preset.augmentation if recipe.augmented else None,
-                preset.bfloat16, preset.compile, preset.deterministic)  # fmt: skip
+                preset.reduction, preset.bfloat16, preset.compile, preset.deterministic)  # fmt: skip
 
 
 def run_arm(study, arm, examples, train_index, validation_index, inputs, weights="auto", progress=None, plan=None):
@@ -144,13 +145,14 @@ class _Run:
 
     def __init__(self, folder, settings, student, plan, progress):
         self.student, self.plan = student, plan
-        self.digest = artefacts.digest({**settings, "format": 2})  # of the state on disk: others are not gone on with
+        self.digest = artefacts.digest({**settings, "format": 3})  # of the state on disk: others are not gone on with
         self.progress = progress or (lambda *_: None)
         self.loss, self.device = losses.choose(plan.recipe.loss), next(student.parameters()).device
         self.state_path = folder / "training.pt"
         folder.mkdir(parents=True, exist_ok=True)
         self.step, self.history, self.seconds, self.learning_seconds = 0, [], 0.0, 0.0
-        self.best = {"mse": math.inf, "step": 0, "student": None}
+        self.best = {"mse": math.inf, "step": 0, "student": None, "coarse": False}
+        self.coarse = plan.recipe.coarse if plan.reduction > 1 else 0
         learning = [p for p in student.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(learning, lr=plan.recipe.learning_rate,
                                            weight_decay=plan.recipe.weight_decay, fused=True)  # fmt: skip
@@ -159,6 +161,8 @@ class _Run:
         self._resume()
 
     def fit(self, examples, train_index, validation_index):
+        """Learn to the budget's end, at first from smaller images where the recipe says so."""
+        coarse = examples.reduced(self.plan.reduction) if self.coarse else None
         torch.backends.cudnn.benchmark = not self.plan.deterministic
         torch.backends.cudnn.benchmark_limit = 3  # ten by default: each search takes time from a budget in seconds
         torch.use_deterministic_algorithms(self.plan.deterministic, warn_only=True)
@@ -167,7 +171,8 @@ class _Run:
         done = self._done()
         due, summed, count, shown = self._next_validation(done), 0.0, 0, 0.0
         while done < 1:
-            summed, count = summed + self._learn(examples, train_index, done), count + 1
+            seen = coarse if done < self.coarse else examples
+            summed, count = summed + self._learn(seen, train_index, done), count + 1
             self.step += 1
             if time.perf_counter() - shown > 1:  # asking for the loss makes the device's queue run dry
                 shown = time.perf_counter()
@@ -177,7 +182,7 @@ class _Run:
                 loss = float(summed) / count  # waits for the device, so that its seconds are counted
                 self.learning_seconds += time.perf_counter() - self.started - (self.seconds - self.before)
                 began = time.perf_counter()
-                self._validate(examples, validation_index, loss, done)
+                self._validate(coarse if done < self.coarse else examples, validation_index, loss, done)
                 due, summed, count = self._next_validation(done, time.perf_counter() - began), 0.0, 0
         self.student.load_state_dict(self.best["student"])
 
@@ -216,7 +221,7 @@ class _Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
         self.optimiser.step()
-        if self.mean is not None and done >= 0.5:
+        if self.mean is not None and done >= max(0.5, self.coarse):
             self._average()
         return loss.detach()
 
@@ -241,9 +246,10 @@ class _Run:
                 "Check the labels or lower the learning rate; the state of the last validation is kept."
             )
         self.history.append({"step": self.step, "train_loss": train_loss, "validation_mse": mse})
-        if mse < self.best["mse"]:
+        coarse = done < self.coarse
+        if mse < self.best["mse"] or self.best["coarse"] and not coarse:  # other images' errors are no match
             state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-            self.best = {"mse": mse, "step": self.step, "student": state}
+            self.best = {"mse": mse, "step": self.step, "student": state, "coarse": coarse}
         self.seconds = self.before + time.perf_counter() - self.started
         self._report(done, f"loss {train_loss:.4f}, validation {mse:.4f} m²")
         if RANK == 0:

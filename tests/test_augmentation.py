@@ -95,6 +95,37 @@ def test_each_frame_may_have_intrinsics_of_its_own(world):
     assert_allclose(to_pixels(wide)[0], wide.pixels, atol=1e-3)
 
 
+@given(factor=st.sampled_from([1, 2, 4]), depth=st.floats(0.2, 8))
+def test_reduced_depth_is_of_one_surface(factor, depth):
+    depths, known = np.full((2, 8, 12), depth, np.float32), np.ones((2, 8, 12), bool)
+    known[0, 3, 5] = False
+    depths[1, :, 7:] *= 1.5  # an edge
+    confidence = np.arange(2 * 8 * 12, dtype=np.float32).reshape(2, 8, 12)
+    images, poses = np.zeros((2, 8, 12, 3), np.uint8), np.tile(np.eye(4), (2, 1, 1))
+    reduced = Examples.of(images, depths, known, confidence, np.eye(3), poses).reduced(factor)
+    left_out = ~known
+    left_out[1, :, 6:8] = factor > 1
+    assert reduced.size == (8 // factor, 12 // factor) and len(reduced) == 2
+    for number, row, column in np.ndindex(*reduced.mask.shape):
+        block = number, slice(factor * row, factor * (row + 1)), slice(factor * column, factor * (column + 1))
+        assert reduced.mask[number, row, column] == (not left_out[block].any())
+        assert not reduced.mask[number, row, column] or reduced.depth[number, row, column] == pytest.approx(
+            depths[block].mean()
+        )
+        assert reduced.confidence[number, row, column] == confidence[block].min()
+
+
+def test_reduced_frames_see_what_the_frames_see():
+    frames = examples_of(box_world(COUNT, (48, 64)))
+    batch = frames.reduced(2).batch()
+    points = batch.points.permute(0, 2, 3, 1)[batch.mask[:, 0]].numpy()
+    walls = np.minimum(abs(points - LOW), abs(points - HIGH)).min(-1)
+    assert np.percentile(walls, 90) < 0.001 and walls.max() < 0.03  # two walls' mean is off both
+    assert batch.mask.float().mean() > 0.9
+    seen = batch.images.permute(0, 2, 3, 1)[batch.mask[:, 0]].numpy()
+    assert_allclose(seen, (points - LOW) / (HIGH - LOW), atol=0.02)
+
+
 def test_labelled_points_are_the_labelled_ones_in_order(world):
     mask = np.zeros(world.depth.shape, bool)
     mask[1, 2, 3] = mask[2, 4, 5] = mask[2, 4, 1] = True

@@ -386,32 +386,6 @@ def test_prepare_is_done_once(folder, tmp_path):
     assert seen == [7] * 4
 
 
-@given(factor=st.sampled_from([1, 2, 4]), depth=st.floats(0.2, 8))
-def test_reduced_depth_is_of_one_surface(factor, depth):
-    maps = np.full((2, 8, 12), depth)
-    maps[0, 3, 5] = 0  # no reading
-    maps[1, :, 7:] *= 1.5  # an edge
-    reduced = scenes.reduced_depth(maps, factor)
-    hole, edge = np.zeros((8, 12), bool), np.zeros((8, 12), bool)
-    hole[3, 5], edge[:, 6:8] = True, factor > 1
-    for got, left_out, whole in zip(reduced, (hole, edge), maps):
-        expected = np.where(left_out, 0, whole)
-        for row, column in np.ndindex(got.shape):
-            block = expected[factor * row : factor * (row + 1), factor * column : factor * (column + 1)]
-            assert got[row, column] == pytest.approx(block.mean() if block.all() else 0)
-
-
-def test_reduced_frames_see_what_the_frames_see(folder, tmp_path):
-    frames = scenes.prepare(scenes.Scene.open(folder), tmp_path / "out", (48, 64))
-    smaller = frames.reduced(2)
-    assert smaller.size == (24, 32) and smaller.image.dtype == np.uint8 and frames.reduced(1) is frames
-    assert np.array_equal(smaller.poses, frames.poses) and np.array_equal(smaller.is_test, frames.is_test)
-    off, before = (abs(f.depth - plane_depth(f.intrinsics, f.size))[f.depth > 0] for f in (smaller, frames))
-    assert len(off) > 0.8 * smaller.depth.size
-    assert off.max() < before.max() + 0.001 and np.median(off) < np.median(before) + 0.001
-    assert np.abs(smaller.image.astype(float) - frames.image[:, ::2, ::2]).max() <= 8  # a ramp
-
-
 def test_prepare_thins_evenly(tmp_path):
     scene = scenes.Scene.open(write_scene(tmp_path / "room", test=5, training=9))
     frames = scenes.prepare(scene, tmp_path / "out", (24, 32), most_train=3, most_test=2)

@@ -250,26 +250,49 @@ def test_seed_decides_everything(tmp_path, whole):
 KILLED = """
 import sys, pathlib, torch, test_training
 torch.set_num_threads(1)
-test_training.run(pathlib.Path(sys.argv[1]), arm=sys.argv[2], kill_at=int(sys.argv[3]))
+test_training.run(pathlib.Path(sys.argv[1]), arm=sys.argv[2], kill_at=int(sys.argv[3]), reduction=int(sys.argv[4]))
 """
 
 
-# The second has a running mean of its weights from step 3 on, and anchors.
-@pytest.mark.parametrize(("arm", "kill_at"), [("cnn-scratch", 4), ("anchornet-scratch", 6)])
-def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, arm, kill_at):
+# The second has a running mean of its weights from step 3 on, and anchors; the third learns from small images first.
+@pytest.mark.parametrize(
+    ("arm", "kill_at", "reduction"), [("cnn-scratch", 4, 1), ("anchornet-scratch", 6, 1), ("anchornet-scratch", 4, 2)]
+)
+def test_killed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, arm, kill_at, reduction):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _, manifest, _ = run(whole, arm=arm)
+    _, manifest, _ = run(whole, arm=arm, reduction=reduction)
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", KILLED, str(killed), arm, str(kill_at)], cwd=ROOT / "tests", env=env,
-                          capture_output=True, timeout=100)  # fmt: skip
+    command = [sys.executable, "-c", KILLED, str(killed), arm, str(kill_at), str(reduction)]
+    done = subprocess.run(command, cwd=ROOT / "tests", env=env, capture_output=True, timeout=100)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert names_in(killed, arm) == ["training.pt"]
     seen = []
-    _, resumed, _ = run(killed, arm=arm, seen=seen)
+    _, resumed, _ = run(killed, arm=arm, seen=seen, reduction=reduction)
     assert seen == list(range(kill_at, 7, 2))  # that validation was not yet kept, the one before it was
     assert weights_of(killed, arm) == weights_of(whole, arm)
     assert resumed["history"] == manifest["history"]
     assert names_in(killed, arm) == ["student.json", "student.safetensors"]
+
+
+def test_coarse_images_come_first_and_the_student_is_one_of_whole_images(tmp_path):
+    """Whole images show more of an error here, so that the validations on smaller ones have the best figures."""
+
+    def spoil_single_pixels(examples):
+        examples.depth[:, ::8, ::8] += 5.0
+
+    sizes = []
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, images: sizes.append(images[0].shape[-2:]) if type(module) is students.Student else None
+    )
+    with hook:
+        student, manifest, examples = run(tmp_path, recipe={"coarse": 0.5, "learning_rate": 0.0}, steps=4, batch=24,
+                                          validations=4, reduction=2, change=spoil_single_pixels)  # fmt: skip
+    small, whole = (16, 24), (32, 48)
+    assert sizes == [small, small, small, whole, whole, whole, whole, whole]  # learned from and judged by, in turns
+    errors = [validation["validation_mse"] for validation in manifest["history"]]
+    assert errors[0] < 0.9 * min(errors[1:]) and manifest["best_step"] > 1
+    _, validation = training.split_validation(np.ones(24, int), 0.2)
+    assert manifest["best_validation_mse"] == pytest.approx(training.validation_mse(student, examples, validation))
 
 
 def test_running_mean_of_the_second_half(tmp_path):
