@@ -171,7 +171,7 @@ class Preset:
     other_teacher: str = "compact"  # where DUSt3R's checkpoint cannot be had; it has seen rendered rooms only
     validation_share: float = 0.15  # of each training sequence, in several stretches
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
-    # Teachers that known cameras and the pictures help, see alignment.posing and alignment.photometric.
+    # Teachers that known cameras, pictures and other views help: alignment.posing, photometric and consistency.
     assisted: tuple[str, ...] = ("compact",)
     reduction: int = 1  # of images in the coarse part of a recipe: a student learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes

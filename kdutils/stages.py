@@ -12,14 +12,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
-from kdutils.alignment import photometric
+from kdutils.alignment import consistency, photometric
 from kdutils.alignment.posing import Posed
 from kdutils.settings import is_folder
 
-Labels = namedtuple("Labels", "points confidence valid depth aligned report digest")
+Labels = namedtuple("Labels", "points confidence valid depth earlier report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, and depth along z, each (N, H, W).
 
-``aligned`` is the depth before it was refined photometrically; None for teachers whose labels are not refined.
+``earlier`` has the depth as it was "aligned", before the pictures corrected it, and then "refined", before views that
+agree were fused; it is empty for teachers whose labels are as they were aligned.
 """
 
 
@@ -126,9 +127,10 @@ def align(study):
     """Stage 03: one world pointmap an image, from all pair predictions and the known poses."""
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
+    assisted = study.teacher in study.preset.assisted
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
                 "alignment": alignment.VERSION,
-                "photometric": study.teacher in study.preset.assisted and photometric.VERSION}  # fmt: skip
+                "assisted": assisted and [photometric.VERSION, consistency.VERSION]}  # fmt: skip
     with artefacts.alone(study.labels_folder):
         if not artefacts.manifest_matches(manifest, settings):
             _align(study, shards, manifest, settings)
@@ -139,16 +141,18 @@ def _align(study, shards, manifest, settings):
     scene_frames = frames(study)
     pictures, cameras = scene_frames.image, (scene_frames.intrinsics, scene_frames.poses)
     answers, report = shards, {}
-    if settings["photometric"]:
+    if settings["assisted"]:
         report["unit"] = photometric.unit(shards, pictures, *cameras, ~scene_frames.is_test, study.device)
         answers = Posed(shards, *cameras, report["unit"])
     aligned = alignment.align_shards(answers, *cameras, partial(tqdm, desc="align", unit="shard"))
     valid = aligned.valid & (aligned.confidence >= study.preset.min_confidence)
     tensors = {"depth": aligned.depth, "confidence": aligned.confidence.astype(np.float16), "valid": valid}
-    if settings["photometric"]:
-        tensors["aligned"] = aligned.depth.astype(np.float16)
-        tensors["depth"] = photometric.refine(aligned.depth, pictures, *cameras, shards.pairs, study.device,
-                                              partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
+    if settings["assisted"]:
+        refined = photometric.refine(aligned.depth, pictures, *cameras, shards.pairs, study.device,
+                                     partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
+        tensors |= {"aligned": aligned.depth.astype(np.float16), "refined": refined.astype(np.float16)}
+        fused = consistency.fused(refined, valid, *cameras, shards.pairs, study.device)
+        tensors["depth"], tensors["valid"] = fused
     artefacts.discard(manifest)
     artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
@@ -163,8 +167,9 @@ def labels(study):
         raise MissingStage(f"{study.labels_folder}: these labels are of other frames than those that notebook 01 left. "
                            f"Run notebooks 02 and 03 for scene {study.scene} again.")  # fmt: skip
     kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
+    earlier = {name: kept[name] for name in ("aligned", "refined") if name in kept}
     return Labels(_in_world(frames(study), kept["depth"]), kept["confidence"], np.array(kept["valid"]), kept["depth"],
-                  kept.get("aligned"), manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
+                  earlier, manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
 
 
 def depth_points(study):

@@ -19,7 +19,8 @@ from browser import needs_browser, screenshot
 from papermill.iorw import load_notebook_node
 from plotly.io import from_json
 
-from kdutils.settings import ARMS, PRESETS
+from kdutils import alignment, evaluation, stages
+from kdutils.settings import ARMS, PRESETS, Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
@@ -116,6 +117,20 @@ def test_study_trains_every_arm_and_writes_the_results(study):
     assert {row["arm"] for row in rows} == set(PRESETS["smoke"].first_scene_arms)
     assert all(np.isfinite(row["mse"]) and row["megabytes"] > 0 and row["latency_ms"] > 0 for row in rows)
     assert {row["teacher"] for row in rows} == {"compact"}
+
+
+def test_labels_come_nearer_to_the_room_with_each_step(study, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(study[0]))
+    kitchen = Study("kitchen", "smoke")
+    labels, frames, (truth, measured) = stages.labels(kitchen), stages.frames(kitchen), stages.depth_points(kitchen)
+    confident = (labels.confidence >= kitchen.preset.min_confidence) & (labels.depth > 0)
+    assert not (labels.valid & ~confident).any() and labels.valid.sum() > 0.5 * confident.sum()
+    cameras = np.broadcast_to(frames.intrinsics, (len(frames), 3, 3)), frames.poses
+    steps = [(alignment.world_points(depth, *cameras), confident) for depth in labels.earlier.values()]
+    steps.append((labels.points, labels.valid))
+    errors = [evaluation.point_errors(points, truth, where & measured) for points, where in steps]
+    for before, after in zip(errors, errors[1:]):
+        assert after["median"] < 0.8 * before["median"] and after["mse"] < 0.8 * before["mse"]
 
 
 def test_study_says_which_arms_had_no_pretrained_weights(study):

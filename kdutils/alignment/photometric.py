@@ -112,8 +112,8 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
     return refined
 
 
-def neighbours(pairs, count):
-    """For each of ``count`` images at most ``MOST_VIEWS`` others: of its pairs, then with most partners in common."""
+def neighbours(pairs, count, most=MOST_VIEWS):
+    """For each of ``count`` images at most so many others: of its pairs, then with most partners in common."""
     ones = np.ones(len(pairs), np.float32)
     paired = coo_array((ones, tuple(np.transpose(pairs))), (count, count)).tocsr()
     paired = ((paired + paired.T) > 0).astype(np.float32)
@@ -121,7 +121,7 @@ def neighbours(pairs, count):
     near.setdiag(0)
     near.eliminate_zeros()
     rows = (slice(*ends) for ends in zip(near.indptr, near.indptr[1:]))
-    return [near.indices[row][np.argsort(-near.data[row], kind="stable")[:MOST_VIEWS]] for row in rows]
+    return [near.indices[row][np.argsort(-near.data[row], kind="stable")[:most]] for row in rows]
 
 
 def normalised(images):
@@ -177,18 +177,31 @@ def differences(tried, own, other, motion, camera):
         Differences ``(B, S, H, W)``, and which pixels the other picture may show ``(B, H, W)``: those that the middle
         depth puts inside. If every depth had a say in this, those that end inside would win.
     """
-    height, width = own.shape[-2:]
-    v, u = torch.meshgrid(*(torch.arange(side, device=own.device) + 0.5 for side in (height, width)), indexing="ij")
-    turned = camera @ motion[:, :3, :3] @ torch.linalg.inv(camera) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)
-    x, y, z = (tried * turned[:, k].view(-1, 1, height, width) + (motion[:, :3, 3] @ camera[k]).view(-1, 1, 1, 1)
-               for k in range(3))  # fmt: skip
-    inverse = 1 / z.clamp(min=NEAREST)
-    x, y = 2 / width * x * inverse - 1, 2 / height * y * inverse - 1
+    x, y, z = projected(tried, motion, camera)
     grid = torch.stack([x, y], -1).flatten(1, 2)
     shown = F.grid_sample(other[:, None], grid, padding_mode="border", align_corners=False)
     unlike = (shown.view_as(tried) - own[:, None]).abs_().clamp_(max=MOST_DIFFERENCE)
     middle = tried.shape[1] // 2
     return _averaged(unlike), (z[:, middle] > NEAREST) & (x[:, middle].abs() < 1) & (y[:, middle].abs() < 1)
+
+
+def projected(depth, motion, camera):
+    """Where another view has the pixels of one.
+
+    Args:
+        depth: ``(B, S, H, W)`` metres along z. motion: ``(B, 4, 4)`` from own camera to the other. camera: ``(3, 3)``
+            intrinsics of both.
+
+    Returns:
+        Three of ``(B, S, H, W)``: x and y from -1 to 1 inside that picture, and the depth there.
+    """
+    height, width = depth.shape[-2:]
+    v, u = torch.meshgrid(*(torch.arange(side, device=depth.device) + 0.5 for side in (height, width)), indexing="ij")
+    turned = camera @ motion[:, :3, :3] @ torch.linalg.inv(camera) @ torch.stack([u, v, torch.ones_like(u)]).flatten(1)
+    x, y, z = (depth * turned[:, k].view(-1, 1, height, width) + (motion[:, :3, 3] @ camera[k]).view(-1, 1, 1, 1)
+               for k in range(3))  # fmt: skip
+    inverse = 1 / z.clamp(min=NEAREST)
+    return 2 / width * x * inverse - 1, 2 / height * y * inverse - 1, z
 
 
 def _averaged(x):
