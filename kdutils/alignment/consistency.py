@@ -2,9 +2,8 @@
 
 A label is a point in the room. Put into another view it lies where that view has a label of its own: near it, and the
 two agree; well in front of it, and that view looks through the point; well behind it, and something else may hide it.
-As in MVSNet (arXiv 1804.02505, section 4.2) a label is kept if two other views agree with it, and here if fewer look
-through it; and it moves to the mean of what those that agree say. (DUSt3R's code takes its confidence from a point that
-another view looks through.)
+As in MVSNet (arXiv 1804.02505, its depth maps' filter and fusion) a label is kept if two other views agree with it, and
+here if fewer look through it; and it moves to the mean of what those that agree say.
 """
 
 import numpy as np
