@@ -74,6 +74,11 @@ def examples_of(world, mask=None, confidence=None):
     return Examples.of(world.image, world.depth, mask, confidence, world.intrinsics, world.poses)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first: it takes as long as all others together, which another process runs meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Torch on one thread: small tensors are fastest so, and sums come out alike bit for bit."""
