@@ -16,6 +16,11 @@ WIDTHS = (32, 64, 96, 160)  # at stride 2, 4, 8, 16
 BLOCKS = (1, 2, 3)  # residual blocks at stride 4, 8, 16
 
 
+def reduction(size):
+    """By how much images of ``size`` (height, width) are reduced, to about ``ROWS`` rows."""
+    return max(1, round(size[0] / ROWS))
+
+
 class AnchorPyramid(nn.Module):
     """Images ``(B, 3, H, W)`` in [0, 1], sides multiples of ``multiple``, to features ``(B, C, H/stride, W/stride)``.
 
@@ -27,7 +32,7 @@ class AnchorPyramid(nn.Module):
 
     def __init__(self, size):
         super().__init__()
-        self.reduction = max(1, round(size[0] / ROWS))
+        self.reduction = reduction(size)
         self.stride, self.multiple = 4 * self.reduction, 16 * self.reduction
         half, quarter, eighth, sixteenth = WIDTHS
         self.stem = convolution(3, half, stride=2)

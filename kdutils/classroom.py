@@ -3,6 +3,7 @@
 import argparse
 from contextlib import nullcontext
 from functools import cached_property
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -136,6 +137,32 @@ def side_by_side(classroom, arm, chosen, low, high):
     return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
 
 
+def comparison(classroom, arms, count=5, most=1):
+    """Pictures of some test frames: the images, the teacher's scene coordinates, each arm's, and its error.
+
+    Args:
+        classroom, arms: a scene, and some of its trained arms. count: of frames. most: metres at which the scale of the
+            errors ends.
+    """
+    labels, train = classroom.labels, classroom.train
+    low, high = np.percentile(labels.points[train][labels.valid[train]], [1, 99], axis=0)
+    chosen = np.linspace(0, len(classroom.test) - 1, count).astype(int)
+    sides = [side_by_side(classroom, arm, chosen, low, high) for arm in arms]
+    rows = sides[0][:2] + [row for *_, said, error in sides for row in (said, error)]
+    names = [name for arm in arms for name in (arm.replace("-", "\n", 1), "its error")]
+    return figures.maps(rows, ["image", "teacher", *names], "error in m", most=most)
+
+
+def keep_longer(folder, classroom, arms):
+    """Rows of trained arms in ``longer.json``, in the place of earlier ones, and a ``comparison`` beside it."""
+    path, study = folder / "longer.json", classroom.study
+    rows = artefacts.read_json(path) if path.exists() else []
+    rows += [row for row in reporting.collect(study) if row["arm"] in arms]
+    by_run = {tuple(row[name] for name in ("scene", "teacher", "preset", "seed", "arm")): row for row in rows}
+    artefacts.write_json(path, list(by_run.values()))
+    _keep(comparison(classroom, arms), folder / f"longer_{study.scene.replace('/', '_')}.png", 75)
+
+
 def keep_results(folder, rows, claims, over_seeds, studies):
     """Plots, claims and answers, ``reporting.over_seeds``, and last ``results.csv`` and ``results.json``."""
     for study in studies:
@@ -159,8 +186,8 @@ def results_plot(study, rows):
     return figure
 
 
-def _keep(figure, path):
-    figure.savefig(path, dpi=110)
+def _keep(figure, path, dpi=110):
+    figure.savefig(path, dpi=dpi)
     plt.close(figure)  # or a notebook shows it once more
 
 
@@ -195,17 +222,20 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, help="an arm's budget; a long arm has eight times that")
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
     parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a path")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="add the arms' figures to longer.json in it")
     options = parser.parse_args(argv)
     study = Study(options.scene, options.preset, options.teacher, options.device, options.seed, options.seconds)
     print(stages.settle_teacher(study, options.checkpoint))
     stages.prepare(study)
     stages.label(study, teachers.build(study, stages.frames(study), options.checkpoint))
     stages.align(study)
-    room = Classroom(study, options.weights)
-    for arm in options.arms or study.arms:
+    room, arms = Classroom(study, options.weights), options.arms or study.arms
+    for arm in arms:
         room.teach(arm)
     if training.RANK == 0:
         print(reporting.table(reporting.collect(study)))
+        if options.keep:
+            keep_longer(options.keep, room, arms)
 
 
 if __name__ == "__main__":

@@ -107,6 +107,22 @@ def camera_table(rows):
     return markdown(names, lines)
 
 
+def control_table(rows, control):
+    """Distance from the depth camera, over all that it sees, of students that learned from two teachers' labels.
+
+    Args:
+        rows, control: of one teacher and of the other, see ``collect``; arms that only one of them has are left out.
+    """
+    others = {(row["scene"], row["arm"]): row for row in without_ablations(control)}
+    pairs = [(row, others[row["scene"], row["arm"]]) for row in without_ablations(rows)
+             if (row["scene"], row["arm"]) in others]  # fmt: skip
+    teachers = [row["teacher"] for pair in pairs[:1] for row in pair]
+    names = ["scene", "student", *(f"{figure}, {name}" for figure in ("median cm", "MSE m²") for name in teachers)]
+    lines = [[pair[0]["scene"], pair[0]["label"], *(f"{100 * row['depth_median']:.1f}" for row in pair),
+              *(f"{row['depth_mse']:.4f}" for row in pair)] for pair in pairs]  # fmt: skip
+    return markdown(names, lines)
+
+
 def claims_table(found):
     """``claims`` as a Markdown table."""
     return markdown(("claim of the paper", "held if", "what we found", "held?"), [claim.values() for claim in found])

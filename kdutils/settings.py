@@ -48,6 +48,7 @@ OWN_ARMS = _by_name(
 LONG_ARMS = _by_name(
     Arm("anchornet-long", "anchornet", "unfrozen", budget=8),
     Arm("vit16-long", "vit", "unfrozen", 16, budget=8),
+    Arm("anchorvit-long", "anchorvit", "unfrozen", budget=8),
 )
 ORIGINAL_ARMS = _by_name(
     Arm("original-mobilenet", "original-mobilenet", "unfrozen"),
@@ -62,7 +63,7 @@ ABLATION_ARMS = _by_name(
       for frozen in (*PAPER_ARMS.values(), *OWN_ARMS.values()) if frozen.start == "frozen"),
 )  # fmt: skip
 ARMS = {**PAPER_ARMS, **OWN_ARMS, **LONG_ARMS, **ORIGINAL_ARMS, **ABLATION_ARMS}
-VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone == "vit")
+VIT_ARMS = tuple(name for name, arm in ARMS.items() if arm.backbone in ("vit", "anchorvit"))
 CNN_ARMS = tuple(name for name in ARMS if name not in VIT_ARMS)
 
 
@@ -102,6 +103,7 @@ RECIPES = {
     "vit": Recipe(5e-4),
     "frozen": Recipe(3e-3),  # the head alone, on a frozen backbone
     "anchornet": Recipe(3e-3, "laplace+mse", averaged=True, coarse=0.6),
+    "anchorvit": Recipe(1e-3, "laplace+mse", averaged=True, coarse=0.6),
     "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0),
     "original-mobilenet": Recipe(1e-3, augmented=False, schedule="constant", weight_decay=0.0),
 }
@@ -134,7 +136,7 @@ class BackbonePretraining(Pretraining):
     distillation: float = 1.0
 
 
-# "cuda" is the experiment itself, not run yet; "cpu" is what a small machine can do in an hour or two.
+# "cuda" is the experiment itself, not yet run to its end; "cpu" is what a small machine can do in an hour or two.
 COMPACT_PLANS = {
     "smoke": Pretraining(steps=4, batch=2, rooms=2, steps_a_room=4, validations=2),
     "cpu": Pretraining(steps=10_000, batch=8, rooms=200, steps_a_room=25),
@@ -203,9 +205,9 @@ PRESETS = {
     ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),
-        most_train=1000, most_test=400, steps=100_000, seconds=35, batch=16, validations=10, augmentation=STRONG,
-        first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS, "anchornet-long"), vit_blocks=12,
-        teacher="dust3r", other_teacher="depth",
+        most_train=1000, most_test=400, steps=100_000, seconds=30, batch=16, validations=10, augmentation=STRONG,
+        first_scene_arms=tuple(ARMS), other_scene_arms=(*PAPER_ARMS, *OWN_ARMS, "anchornet-long", "anchorvit-long"),
+        vit_blocks=12, teacher="dust3r", other_teacher="depth",
     ),
 }  # fmt: skip
 

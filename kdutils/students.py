@@ -2,8 +2,8 @@
 
 The arms of arXiv 2412.02039 share the same end, a pixel-shuffle head, and differ in what comes before it: a plain CNN,
 MobileNetV3-Large or a Vision Transformer. Backbones and their pretrained weights are timm's. The study's own student is
-in ``anchornet``, the two of the original study's code in ``original``. Weights pretrained on rendered rooms come with
-the study (``shipped``), for where timm's cannot be had.
+in ``anchornet``, whose head a Vision Transformer can have as well (``anchorvit``), the two of the original study's code
+in ``original``. Weights pretrained on rendered rooms come with the study (``shipped``), for where timm's cannot be had.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -32,6 +32,10 @@ TIMM_MODELS = {
     "mobilenet": "mobilenetv3_large_100.ra_in1k",
     "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
 }
+# Other heads and recipes on the same backbones.
+TIMM_MODELS |= {"original-mobilenet": TIMM_MODELS["mobilenet"], "anchorvit": TIMM_MODELS["vit"]}
+SHIPPED_AS = {"original-mobilenet": "mobilenet", "anchorvit": "vit16"}
+ANCHORVIT_PATCH = 8  # pixels, where images are not reduced for an AnchorNet
 HUB_SECONDS = 5
 LEAST_LOG_SCALE = -6.0  # 2.5 mm: nothing here is known better
 
@@ -167,7 +171,10 @@ class MobileNet(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT-Tiny (width 192), its first blocks; other patch sizes resample the pretrained patch embedding (FlexiViT)."""
+    """ViT-Tiny (width 192), its first blocks; other patch sizes resample the pretrained patch embedding (FlexiViT).
+
+    Images of another size than ``size`` resample the position embedding.
+    """
 
     channels = 192
 
@@ -180,8 +187,9 @@ class VisionTransformer(nn.Module):
 
     def _create(self, **options):
         body = timm.create_model(
-            TIMM_MODELS["vit"], img_size=self.size, patch_size=self.stride, num_classes=0, global_pool="", **options
-        )
+            TIMM_MODELS["vit"], img_size=self.size, patch_size=self.stride, num_classes=0, global_pool="",
+            dynamic_img_size=True, **options,
+        )  # fmt: skip
         body.blocks = body.blocks[: self.blocks]
         return body
 
@@ -190,7 +198,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images):
         tokens = self.body(self.normalise(images))[:, self.body.num_prefix_tokens :]
-        rows, columns = (side // self.stride for side in self.size)
+        rows, columns = (side // self.stride for side in images.shape[-2:])
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
@@ -279,8 +287,9 @@ BACKBONES = {
     "anchornet": lambda arm, size, blocks: anchornet.AnchorPyramid(size),
     "original-cnn": lambda arm, size, blocks: original.OriginalCNN(),
     "original-mobilenet": lambda arm, size, blocks: MobileNet(),
+    "anchorvit": lambda arm, size, blocks: VisionTransformer(size, ANCHORVIT_PATCH * anchornet.reduction(size), blocks),
 }
-HEADS = {"anchornet": anchornet.AnchorHead, "original-cnn": original.OriginalCNNHead,
+HEADS = {"anchornet": anchornet.AnchorHead, "anchorvit": anchornet.AnchorHead, "original-cnn": original.OriginalCNNHead,
          "original-mobilenet": original.OriginalMobileNetHead}  # fmt: skip
 
 
@@ -297,7 +306,7 @@ def find_weights(arm, weights="auto", vit_blocks=12):
         FileNotFoundError: a file or folder was given and does not hold them.
         shipped.ShippedError: the shipped ones are damaged.
     """
-    name = TIMM_MODELS.get(arm.backbone.removeprefix("original-"))
+    name = TIMM_MODELS.get(arm.backbone)
     if weights == "random":
         return Weights("random", "random weights, as was asked for")
     if weights in ("auto", "timm") and name:
@@ -317,7 +326,7 @@ def find_weights(arm, weights="auto", vit_blocks=12):
 
 def backbone_name(arm):
     """What the shipped weights of an arm's backbone are called, such as vit16."""
-    return arm.backbone.removeprefix("original-") + str(arm.patch or "")
+    return SHIPPED_AS.get(arm.backbone, arm.backbone + str(arm.patch or ""))
 
 
 def _from_the_study(name, vit_blocks):
@@ -330,10 +339,11 @@ def _from_the_study(name, vit_blocks):
 def _load_shipped(backbone, name):
     tensors = shipped.tensors(name)
     if isinstance(backbone, VisionTransformer):
-        old, new = (tuple(-(-side // backbone.stride) for side in size)
-                    for size in (shipped.card(name)["settings"]["size"], backbone.size))  # fmt: skip
-        embedding, prefix = "body.pos_embed", backbone.body.num_prefix_tokens
-        tensors[embedding] = resample_abs_pos_embed(tensors[embedding], new, old, prefix)
+        patches, positions, stride = "body.patch_embed.proj.weight", "body.pos_embed", backbone.stride
+        shape = (shipped.card(name)["settings"]["size"], tensors[patches].shape[-1]), (backbone.size, stride)
+        old, new = ([-(-side // patch) for side in size] for size, patch in shape)
+        tensors[positions] = resample_abs_pos_embed(tensors[positions], new, old, backbone.body.num_prefix_tokens)
+        tensors[patches] = resample_patch_embed(tensors[patches], [stride, stride])
     backbone.load_state_dict(tensors)
 
 

@@ -56,6 +56,20 @@ def test_a_classroom_has_the_rooms_points(scene, tmp_path, monkeypatch, capsys):
     assert said["translation"] < 0.01 and said["rotation"] < 0.2
 
 
+def test_figures_of_longer_runs_are_kept_beside_those_of_others(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--keep", str(tmp_path), "--arms"]
+    other = {"scene": "elsewhere", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch", "mse": 1.0}
+    artefacts.write_json(tmp_path / "longer.json", [other])
+    for arms in (["cnn-scratch"], ["anchornet-scratch", "cnn-scratch"]):
+        classroom.main([*given, *arms])
+    kept, study = artefacts.read_json(tmp_path / "longer.json"), settings.Study(str(scene), "smoke", "depth")
+    rows = {row["arm"]: row for row in classroom.reporting.collect(study)}
+    assert kept == [other, rows["cnn-scratch"], rows["anchornet-scratch"]]
+    assert Image.open(tmp_path / "longer_box.png").width > 500
+
+
 def test_an_arms_budget_of_seconds_can_be_given(scene, tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE))

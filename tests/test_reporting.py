@@ -110,6 +110,15 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
     }  # fmt: skip
 
 
+def test_the_control_compares_what_both_teachers_taught(rows):
+    control = [{**row, "teacher": "compact", "depth_median": 0.5, "depth_mse": 0.25} for row in rows[:2]]
+    elsewhere = [{**row, "scene": "office"} for row in control]
+    names, _, *lines = cells(reporting.control_table(rows, control + elsewhere))
+    assert names == ["scene", "student", "median cm, depth", "median cm, compact", "MSE m², depth", "MSE m², compact"]
+    assert [line[1] for line in lines] == [row["label"] for row in rows[:2]]
+    assert lines[0][2:] == [f"{100 * rows[0]['depth_median']:.1f}", "50.0", "0.2469", "0.2500"]
+
+
 def test_ablations_compare_what_was_trained(rows):
     assert reporting.ablation_groups(rows) == {  # none with itself alone
         "MobileNet frozen, half the budget: loss": {"mse": 0.2, "l1": 0.02},

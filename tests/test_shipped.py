@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import box_world
 from safetensors.torch import load_file
 
@@ -70,6 +71,18 @@ def test_arms_start_from_them(arm):
 def test_a_vit_fits_itself_to_images_of_another_size():
     student, _ = students.build(ARMS["vit16-frozen"], (120, 160), "shipped", vit_blocks=4)
     assert student.eval()(torch.rand(1, 3, 120, 160)).points.shape == (1, 3, 120, 160)
+
+
+def test_a_vit_with_half_the_patch_size_sees_a_smooth_image_as_the_other_does_one_of_twice_the_size():
+    torch.manual_seed(0)
+    image = F.interpolate(torch.rand(1, 3, 6, 8), (48, 64), mode="bicubic")
+    larger = F.interpolate(image, scale_factor=2, mode="bicubic")
+    fine, coarse = (students.build(ARMS[arm], size, "shipped", vit_blocks=4)[0].backbone
+                    for arm, size in (("anchorvit-long", (48, 64)), ("vit16-unfrozen", (96, 128))))  # fmt: skip
+    assert fine.stride == 8 and coarse.stride == 16
+    with torch.inference_mode():
+        said, expected = fine(image), coarse(larger)
+    assert (said - expected).norm() < 0.1 * expected.norm()
 
 
 def test_a_vit_of_another_depth_says_that_its_weights_are_random():

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from kdutils import anchornet, losses, students, training
-from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS
+from kdutils.settings import ABLATION_ARMS, ARMS, LONG_ARMS, ORIGINAL_ARMS, OWN_ARMS, PAPER_ARMS
 
 SIZE, SMALL = (96, 128), (32, 48)
 SCRATCH = [name for name in ARMS if name.endswith("scratch")]
@@ -31,7 +31,7 @@ def weights(tmp_path_factory):
     """A folder with weights as timm's hub has them, but drawn by a seed."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(5)
-    for name in students.TIMM_MODELS.values():
+    for name in set(students.TIMM_MODELS.values()):
         save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
     return folder
 
@@ -47,17 +47,17 @@ def points_of(student, images):
 # Shapes and sizes
 
 
-@pytest.mark.parametrize("arm", [*PAPER_ARMS, *OWN_ARMS, *ORIGINAL_ARMS])
+@pytest.mark.parametrize("arm", [*PAPER_ARMS, *OWN_ARMS, *LONG_ARMS, *ORIGINAL_ARMS])
 def test_every_arm_maps_images_to_points(arm, weights):
     size = SMALL if arm == "original-cnn" else SIZE  # this one is slow
     student, _ = build(arm, size, weights)
     points, log_scale = student.eval()(torch.rand(2, 3, *size))
     assert points.shape == (2, 3, *size) and points.dtype == torch.float32
     assert torch.isfinite(points).all()
-    assert (log_scale is None) == (arm not in OWN_ARMS)
+    assert (log_scale is None) == (not arm.startswith("anchor"))
 
 
-@pytest.mark.parametrize("arm", [*SCRATCH, "original-mobilenet"])
+@pytest.mark.parametrize("arm", [*SCRATCH, "original-mobilenet", "anchorvit-long"])
 @pytest.mark.parametrize("size", [(90, 130), (64, 64), (50, 200)])
 def test_sizes_that_the_stride_does_not_divide(arm, size, weights):
     student, _ = build(arm, size, weights)
@@ -65,7 +65,7 @@ def test_sizes_that_the_stride_does_not_divide(arm, size, weights):
 
 
 @pytest.mark.parametrize("size", [SIZE, (384, 512)])
-@pytest.mark.parametrize("arm", SCRATCH)
+@pytest.mark.parametrize("arm", [*SCRATCH, "anchorvit-long"])
 def test_students_are_small(arm, size):
     student, _ = build(arm, size)
     megabytes = 4 * sum(p.numel() for p in student.parameters()) / 1e6
@@ -99,7 +99,7 @@ def test_nothing_is_known_better_than_the_least_uncertainty(arm):
     assert torch.equal(log_scale, torch.full_like(log_scale, students.LEAST_LOG_SCALE))
 
 
-@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch"])
+@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch", "anchorvit-long"])
 def test_half_precision_inside_gives_single_precision_points(arm):
     student = build(arm, SMALL, uncertainty=True)[0].place(torch.randn(500, 3) + 40).eval()
     images = torch.rand(1, 3, *SMALL)
@@ -111,12 +111,12 @@ def test_half_precision_inside_gives_single_precision_points(arm):
     assert (rough.points - exact.points).abs().max() < 0.05  # metres; bfloat16 of 40 m would be off by 0.12
 
 
-@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch", "original-cnn"])
+@pytest.mark.parametrize("arm", ["cnn-scratch", "vit16-scratch", "anchornet-scratch", "anchorvit-long", "original-cnn"])
 def test_points_are_not_rounded_where_the_network_works_in_bfloat16(arm):
     student = build(arm, SMALL)[0].eval()
     for parameter in student.head.parameters():
         parameter.data.fill_(1.2345 if parameter.ndim == 1 else 0)  # a point's coordinates are the last layer's bias
-    if arm.startswith("anchornet"):
+    if arm.startswith("anchor"):
         student.head.anchors.fill_(1.2345)
     with torch.inference_mode():
         exact = student(images := torch.rand(1, 3, *SMALL)).points
@@ -183,6 +183,21 @@ def test_a_vision_transformer_can_be_short(weights):
     assert len(student.backbone.body.blocks) == 4
     assert torch.equal(own["blocks.3.attn.qkv.weight"], given["blocks.3.attn.qkv.weight"])
     assert points_of(student.eval(), torch.rand(1, 3, *SMALL)).shape == (1, 3, *SMALL)
+
+
+def test_a_vision_transformer_sees_images_of_other_sizes_as_one_made_for_them_would(weights):
+    made, other = (build("anchorvit-long", size, weights)[0] for size in (SIZE, SMALL))
+    positions = students.resample_abs_pos_embed(other.backbone.body.pos_embed, [12, 16], [4, 6])
+    other.load_state_dict({**made.state_dict(), "backbone.body.pos_embed": other.backbone.body.pos_embed})
+    made.backbone.body.pos_embed = torch.nn.Parameter(positions)
+    image = torch.rand(1, 3, *SIZE)
+    with torch.inference_mode():
+        torch.testing.assert_close(other.eval()(image).points, made.eval()(image).points, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size, patch", [(SIZE, 8), ((192, 256), 8), ((384, 512), 16)])
+def test_patches_of_an_anchorvit_are_larger_where_images_are_reduced_for_an_anchornet(size, patch):
+    assert build("anchorvit-long", size, "random")[0].backbone.stride == patch
 
 
 def test_padding_repeats_the_border_and_is_cut_off():
