@@ -154,11 +154,12 @@ def comparison(classroom, arms, count=5, most=1):
 
 
 def keep_longer(folder, classroom, arms):
-    """Rows of trained arms in ``longer.json``, in the place of earlier ones, and a ``comparison`` beside it."""
+    """Rows of trained arms in ``longer.json``, in the place of earlier ones that took as many minutes, and pictures."""
     path, study = folder / "longer.json", classroom.study
     rows = artefacts.read_json(path) if path.exists() else []
     rows += [row for row in reporting.collect(study) if row["arm"] in arms]
-    by_run = {tuple(row[name] for name in ("scene", "teacher", "preset", "seed", "arm")): row for row in rows}
+    names = ("scene", "teacher", "preset", "seed", "arm")
+    by_run = {(*(row[name] for name in names), round(row["train_seconds"] / 60)): row for row in rows}
     artefacts.write_json(path, list(by_run.values()))
     _keep(comparison(classroom, arms), folder / f"longer_{study.scene.replace('/', '_')}.png", 75)
 

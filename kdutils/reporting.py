@@ -97,13 +97,18 @@ def table(rows, with_paper=False, columns=TABLE):
 
 
 def camera_table(rows):
-    """Rows as a Markdown table of how well they find the camera, and of what and how long they learned."""
+    """Rows as a Markdown table of how well they find the camera, and of what and how long they learned.
+
+    Scenes and teachers are in the order in which they come; best first where both are the same.
+    """
+    taught = list(dict.fromkeys((row["scene"], row["teacher"]) for row in rows))
+    ranked = sorted(rows, key=lambda row: (taught.index((row["scene"], row["teacher"])), row["mse"]))
     names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "median cm", "to depth cm",
              "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
     lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
               f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", f"{100 * row['median']:.1f}",
               f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
-             for row in rows]  # fmt: skip
+             for row in ranked]  # fmt: skip
     return markdown(names, lines)
 
 
@@ -111,11 +116,12 @@ def control_table(rows, control):
     """Distance from the depth camera, over all that it sees, of students that learned from two teachers' labels.
 
     Args:
-        rows, control: of one teacher and of the other, see ``collect``; arms that only one of them has are left out.
+        rows, control: of one teacher and of the other, see ``collect``; arms that only one of them has in a scene and
+            preset are left out.
     """
-    others = {(row["scene"], row["arm"]): row for row in without_ablations(control)}
-    pairs = [(row, others[row["scene"], row["arm"]]) for row in without_ablations(rows)
-             if (row["scene"], row["arm"]) in others]  # fmt: skip
+    others = {(row["scene"], row["preset"], row["arm"]): row for row in control}
+    both = [(row, others.get((row["scene"], row["preset"], row["arm"]))) for row in without_ablations(rows)]
+    pairs = [pair for pair in both if pair[1]]
     teachers = [row["teacher"] for pair in pairs[:1] for row in pair]
     names = ["scene", "student", *(f"{figure}, {name}" for figure in ("median cm", "MSE m²") for name in teachers)]
     lines = [[pair[0]["scene"], pair[0]["label"], *(f"{100 * row['depth_median']:.1f}" for row in pair),

@@ -60,7 +60,8 @@ def test_figures_of_longer_runs_are_kept_beside_those_of_others(scene, tmp_path,
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
     given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--keep", str(tmp_path), "--arms"]
-    other = {"scene": "elsewhere", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch", "mse": 1.0}
+    other = {"scene": "elsewhere", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch",
+             "train_seconds": 60.0}  # fmt: skip
     artefacts.write_json(tmp_path / "longer.json", [other])
     for arms in (["cnn-scratch"], ["anchornet-scratch", "cnn-scratch"]):
         classroom.main([*given, *arms])

@@ -102,7 +102,9 @@ def test_table_has_the_arms_proper_best_first(rows):
 
 
 def test_camera_table_says_what_was_learned_and_what_is_found(rows):
-    names, _, line = cells(reporting.camera_table([row for row in rows if row["arm"] == "anchornet-long"]))
+    some = [row for row in rows if row["arm"] in ("cnn-scratch", "anchornet-long")]
+    names, _, line, *others = cells(reporting.camera_table([*some, {**some[1], "scene": "office"}]))
+    assert [other[:3:2] for other in others] == [["kitchen", "cnn-scratch"], ["office", "anchornet-long"]]
     assert dict(zip(names, line, strict=True)) == {
         "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0", "images seen": "12,800",
         "MSE m²": "0.0500", "median cm": "25.0", "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
@@ -112,7 +114,7 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
 
 def test_the_control_compares_what_both_teachers_taught(rows):
     control = [{**row, "teacher": "compact", "depth_median": 0.5, "depth_mse": 0.25} for row in rows[:2]]
-    elsewhere = [{**row, "scene": "office"} for row in control]
+    elsewhere = [{**row, "scene": "office"} for row in control] + [{**row, "preset": "sample"} for row in rows]
     names, _, *lines = cells(reporting.control_table(rows, control + elsewhere))
     assert names == ["scene", "student", "median cm, depth", "median cm, compact", "MSE m², depth", "MSE m², compact"]
     assert [line[1] for line in lines] == [row["label"] for row in rows[:2]]
