@@ -137,31 +137,28 @@ def side_by_side(classroom, arm, chosen, low, high):
     return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
 
 
-def comparison(classroom, arms, count=5, most=1):
-    """Pictures of some test frames: the images, the teacher's scene coordinates, each arm's, and its error.
+def comparison(classroom, arms, most=1):
+    """Pictures of five test frames: the images, the teacher's scene coordinates, each arm's, and its error.
 
     Args:
-        classroom, arms: a scene, and some of its trained arms. count: of frames. most: metres at which the scale of the
-            errors ends.
+        classroom, arms: a scene, and some of its trained arms. most: metres at which the scale of the errors ends.
     """
     labels, train = classroom.labels, classroom.train
     low, high = np.percentile(labels.points[train][labels.valid[train]], [1, 99], axis=0)
-    chosen = np.linspace(0, len(classroom.test) - 1, count).astype(int)
+    chosen = np.linspace(0, len(classroom.test) - 1, 5).astype(int)
     sides = [side_by_side(classroom, arm, chosen, low, high) for arm in arms]
     rows = sides[0][:2] + [row for *_, said, error in sides for row in (said, error)]
     names = [name for arm in arms for name in (arm.replace("-", "\n", 1), "its error")]
     return figures.maps(rows, ["image", "teacher", *names], "error in m", most=most)
 
 
-def keep_longer(folder, classroom, arms):
-    """Rows of trained arms in ``longer.json``, in the place of earlier ones that took as many minutes, and pictures."""
-    path, study = folder / "longer.json", classroom.study
+def keep_rows(path, study, arms):
+    """Add the rows of trained arms to those in a JSON file; one of the same arm and as many minutes gives way."""
     rows = artefacts.read_json(path) if path.exists() else []
-    rows += [row for row in reporting.collect(study) if row["arm"] in arms]
+    rows += [row for row in reporting.without_ablations(reporting.collect(study)) if row["arm"] in arms]
     names = ("scene", "teacher", "preset", "seed", "arm")
     by_run = {(*(row[name] for name in names), round(row["train_seconds"] / 60)): row for row in rows}
     artefacts.write_json(path, list(by_run.values()))
-    _keep(comparison(classroom, arms), folder / f"longer_{study.scene.replace('/', '_')}.png", 75)
 
 
 def keep_results(folder, rows, claims, over_seeds, studies):
@@ -223,7 +220,8 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, help="an arm's budget; a long arm has eight times that")
     parser.add_argument("--checkpoint", default="auto", help="DUSt3R's: hub id, folder or file")
     parser.add_argument("--weights", default="auto", help="of backbones: timm, shipped, random, a path")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="add the arms' figures to longer.json in it")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="add the arms' rows to this JSON file")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="test images, and what the arms say of them")
     options = parser.parse_args(argv)
     study = Study(options.scene, options.preset, options.teacher, options.device, options.seed, options.seconds)
     print(stages.settle_teacher(study, options.checkpoint))
@@ -236,7 +234,9 @@ def main(argv=None):
     if training.RANK == 0:
         print(reporting.table(reporting.collect(study)))
         if options.keep:
-            keep_longer(options.keep, room, arms)
+            keep_rows(options.keep, study, arms)
+        if options.picture:
+            _keep(comparison(room, arms, most=0.2), options.picture, 75)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ MOST_POINTS = 20_000  # of an interactive cloud: a third of a megabyte in the no
 _LEVELS = 6  # grey levels a channel of the colours that an interactive cloud uses
 TEST, TRAIN = "#d1495b", "#30638e"
 BACKBONE_COLOURS = {"cnn": "#8a6d9b", "mobilenet": "#edae49", "vit16": "#30638e", "vit32": "#3fa7d6",
-                    "vit64": "#1b998b", "anchornet": "#d1495b", "original": "#8d99ae"}  # fmt: skip
+                    "vit64": "#1b998b", "anchornet": "#d1495b", "anchorvit": "#f08a8a",
+                    "original": "#8d99ae"}  # fmt: skip
 FILLINGS = {"unfrozen": "full", "frozen": "none", "scratch": "left"}
 
 

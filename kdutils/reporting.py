@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -116,13 +117,13 @@ def control_table(rows, control):
     """Distance from the depth camera, over all that it sees, of students that learned from two teachers' labels.
 
     Args:
-        rows, control: of one teacher and of the other, see ``collect``; arms that only one of them has in a scene and
-            preset are left out.
+        rows, control: of one teacher and of the other, see ``collect``; what only one of them has of a scene, preset,
+            seed and arm is left out.
     """
-    others = {(row["scene"], row["preset"], row["arm"]): row for row in control}
-    both = [(row, others.get((row["scene"], row["preset"], row["arm"]))) for row in without_ablations(rows)]
-    pairs = [pair for pair in both if pair[1]]
-    teachers = [row["teacher"] for pair in pairs[:1] for row in pair]
+    same = itemgetter("scene", "preset", "seed", "arm")
+    others = {same(row): row for row in control}
+    pairs = [(row, others[same(row)]) for row in without_ablations(rows) if same(row) in others]
+    teachers = [row["teacher"] for row in (rows[0], control[0])]
     names = ["scene", "student", *(f"{figure}, {name}" for figure in ("median cm", "MSE m²") for name in teachers)]
     lines = [[pair[0]["scene"], pair[0]["label"], *(f"{100 * row['depth_median']:.1f}" for row in pair),
               *(f"{row['depth_mse']:.4f}" for row in pair)] for pair in pairs]  # fmt: skip

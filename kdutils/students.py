@@ -29,11 +29,9 @@ from kdutils.settings import Arm
 
 # timm's names; the hub's repository is the same under "timm/".
 TIMM_MODELS = {
-    "mobilenet": "mobilenetv3_large_100.ra_in1k",
-    "vit": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    **dict.fromkeys(("mobilenet", "original-mobilenet"), "mobilenetv3_large_100.ra_in1k"),
+    **dict.fromkeys(("vit", "anchorvit"), "vit_tiny_patch16_224.augreg_in21k_ft_in1k"),
 }
-# Other heads and recipes on the same backbones.
-TIMM_MODELS |= {"original-mobilenet": TIMM_MODELS["mobilenet"], "anchorvit": TIMM_MODELS["vit"]}
 SHIPPED_AS = {"original-mobilenet": "mobilenet", "anchorvit": "vit16"}
 ANCHORVIT_PATCH = 8  # pixels, where images are not reduced for an AnchorNet
 HUB_SECONDS = 5
@@ -181,7 +179,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, size, patch, blocks=12):
         super().__init__()
         self.stride, self.multiple, self.blocks = patch, patch, blocks
-        self.size = tuple(-(-side // patch) * patch for side in size)
+        self.size = tuple(patch * count for count in _grid(size, patch))
         self.body = self._create()
         self.normalise = Normalise(IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 
@@ -222,7 +220,7 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
         size: (height, width) of the images in pixels.
         weights: see ``find_weights``; an arm that names its own keeps to them.
         vit_blocks: of a ViT's twelve, those that are used.
-        uncertainty: whether a pixel-shuffle head predicts it; the own arm's always does, the original study's never.
+        uncertainty: whether a pixel-shuffle head predicts it; AnchorNet's always does, the original study's never.
 
     Returns:
         The student and the ``Weights`` that it started from.
@@ -340,11 +338,16 @@ def _load_shipped(backbone, name):
     tensors = shipped.tensors(name)
     if isinstance(backbone, VisionTransformer):
         patches, positions, stride = "body.patch_embed.proj.weight", "body.pos_embed", backbone.stride
-        shape = (shipped.card(name)["settings"]["size"], tensors[patches].shape[-1]), (backbone.size, stride)
-        old, new = ([-(-side // patch) for side in size] for size, patch in shape)
-        tensors[positions] = resample_abs_pos_embed(tensors[positions], new, old, backbone.body.num_prefix_tokens)
+        old = _grid(shipped.card(name)["settings"]["size"], tensors[patches].shape[-1])
+        new, prefix = _grid(backbone.size, stride), backbone.body.num_prefix_tokens
+        tensors[positions] = resample_abs_pos_embed(tensors[positions], new, old, prefix)
         tensors[patches] = resample_patch_embed(tensors[patches], [stride, stride])
     backbone.load_state_dict(tensors)
+
+
+def _grid(size, patch):
+    """(rows, columns) of patches that cover an image of ``size`` (height, width)."""
+    return [-(-side // patch) for side in size]
 
 
 @lru_cache

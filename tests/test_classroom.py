@@ -56,19 +56,28 @@ def test_a_classroom_has_the_rooms_points(scene, tmp_path, monkeypatch, capsys):
     assert said["translation"] < 0.01 and said["rotation"] < 0.2
 
 
-def test_figures_of_longer_runs_are_kept_beside_those_of_others(scene, tmp_path, monkeypatch):
+def test_rows_are_kept_beside_those_of_other_runs(scene, tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
-    given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--keep", str(tmp_path), "--arms"]
-    other = {"scene": "elsewhere", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch",
-             "train_seconds": 60.0}  # fmt: skip
-    artefacts.write_json(tmp_path / "longer.json", [other])
-    for arms in (["cnn-scratch"], ["anchornet-scratch", "cnn-scratch"]):
-        classroom.main([*given, *arms])
-    kept, study = artefacts.read_json(tmp_path / "longer.json"), settings.Study(str(scene), "smoke", "depth")
-    rows = {row["arm"]: row for row in classroom.reporting.collect(study)}
-    assert kept == [other, rows["cnn-scratch"], rows["anchornet-scratch"]]
-    assert Image.open(tmp_path / "longer_box.png").width > 500
+    path = tmp_path / "kept.json"
+    run = {"scene": "box", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch", "train_seconds": 0.0}
+    replaced, others = run, [{**run, "scene": "elsewhere"}, {**run, "train_seconds": 120.0}]
+    artefacts.write_json(path, [others[0], replaced, others[1]])
+    arms = ["anchornet-scratch", "cnn-scratch", "mobilenet-frozen-mse"]
+    classroom.main([str(scene), "--preset", "smoke", "--teacher", "depth", "--keep", str(path), "--arms", *arms])
+    rows = {row["arm"]: row for row in classroom.reporting.collect(settings.Study(str(scene), "smoke", "depth"))}
+    assert set(rows) == set(arms)  # the last one, an ablation, is not kept
+    assert artefacts.read_json(path) == [others[0], rows["cnn-scratch"], others[1], rows["anchornet-scratch"]]
+
+
+def test_test_images_and_what_arms_say_of_them_are_drawn(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    given, heights = [str(scene), "--preset", "smoke", "--teacher", "depth"], []
+    for arms in (["cnn-scratch"], ["cnn-scratch", "anchornet-scratch"]):
+        classroom.main([*given, "--picture", str(tmp_path / "said.png"), "--arms", *arms])
+        heights.append(Image.open(tmp_path / "said.png").height)
+    assert heights[1] == pytest.approx(1.5 * heights[0], rel=0.01)  # four rows, and two for each further arm
 
 
 def test_an_arms_budget_of_seconds_can_be_given(scene, tmp_path, monkeypatch):

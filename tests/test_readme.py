@@ -60,6 +60,9 @@ def test_a_gpus_figures_are_those_that_were_measured():
 
 def test_results_come_from_the_default_study():
     assert {(row["preset"], row["teacher"], row["seed"]) for row in ROWS} == {("sample", "compact", 0)}
+    control = json.loads((REPOSITORY / "figures" / "control.json").read_text())
+    assert {(row["preset"], row["teacher"], row["seed"]) for row in control} == {("sample", "depth", 0)}
+    assert [(row["scene"], row["arm"]) for row in control] == [(row["scene"], row["arm"]) for row in ROWS]
 
 
 def test_top_level_is_as_agreed():

@@ -113,12 +113,15 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
 
 
 def test_the_control_compares_what_both_teachers_taught(rows):
-    control = [{**row, "teacher": "compact", "depth_median": 0.5, "depth_mse": 0.25} for row in rows[:2]]
-    elsewhere = [{**row, "scene": "office"} for row in control] + [{**row, "preset": "sample"} for row in rows]
-    names, _, *lines = cells(reporting.control_table(rows, control + elsewhere))
+    control = [{**row, "teacher": "compact", "depth_median": 0.5, "depth_mse": 0.25} for row in rows]
+    both = rows[:2] + [row for row in rows if row["arm"] in ABLATION_ARMS]
+    other = {"scene": "office"}, {"preset": "hour"}, {"seed": 1}
+    others = [{**row, **change} for row in rows for change in other]
+    names, _, *lines = cells(reporting.control_table(both + others, control))
     assert names == ["scene", "student", "median cm, depth", "median cm, compact", "MSE m², depth", "MSE m², compact"]
     assert [line[1] for line in lines] == [row["label"] for row in rows[:2]]
     assert lines[0][2:] == [f"{100 * rows[0]['depth_median']:.1f}", "50.0", "0.2469", "0.2500"]
+    assert len(cells(reporting.control_table(others, control))) == 2  # no line
 
 
 def test_ablations_compare_what_was_trained(rows):
