@@ -102,6 +102,11 @@ class Classroom:
     def _mean_point(self):
         return self.labels.points[self.train][self.labels.valid[self.train]].mean(0, keepdims=True)
 
+    @cached_property
+    def span(self):
+        """World points ``(2, 3)`` that become black and white in pictures, see ``figures.scene_coordinates``."""
+        return np.percentile(self.labels.points[self.train][self.labels.valid[self.train]], [1, 99], axis=0)
+
     def localise(self, points, masks=None, log_scales=None):
         """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
 
@@ -120,20 +125,20 @@ class Classroom:
         return (points, scale) if with_scale else points
 
 
-def side_by_side(classroom, arm, chosen, low, high):
+def side_by_side(classroom, arm, chosen):
     """Four rows of pictures for some test frames: image, teacher's and student's scene coordinates, error in metres.
 
     The teacher has no label where it was not sure, which stays white; a student says a point for every pixel.
 
     Args:
         classroom, arm: a scene, and one of its trained arms. chosen: places among the test frames.
-        low, high: world points ``(3,)`` that become black and white, see ``figures.scene_coordinates``.
     """
     test = classroom.test[chosen]
     taught, said = classroom.labels.points[test], classroom.predictions(arm)[chosen]
     valid = classroom.labels.valid[test]
     error = np.where(valid, np.linalg.norm(said - taught, axis=-1), np.nan)
-    coordinates = figures.scene_coordinates(taught, low, high, valid), figures.scene_coordinates(said, low, high)
+    span = classroom.span
+    coordinates = figures.scene_coordinates(taught, *span, valid), figures.scene_coordinates(said, *span)
     return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
 
 
@@ -143,10 +148,8 @@ def comparison(classroom, arms, most=1):
     Args:
         classroom, arms: a scene, and some of its trained arms. most: metres at which the scale of the errors ends.
     """
-    labels, train = classroom.labels, classroom.train
-    low, high = np.percentile(labels.points[train][labels.valid[train]], [1, 99], axis=0)
     chosen = np.linspace(0, len(classroom.test) - 1, 5).astype(int)
-    sides = [side_by_side(classroom, arm, chosen, low, high) for arm in arms]
+    sides = [side_by_side(classroom, arm, chosen) for arm in arms]
     rows = sides[0][:2] + [row for *_, said, error in sides for row in (said, error)]
     names = [name for arm in arms for name in (arm.replace("-", "\n", 1), "its error")]
     return figures.maps(rows, ["image", "teacher", *names], "error in m", most=most)
