@@ -1,4 +1,4 @@
-"""What the README says and shows must be what the repository holds."""
+"""What the README and the page of measurements say and show must be what the repository holds."""
 
 import json
 import re
@@ -10,7 +10,7 @@ import pytest
 from kdutils.reporting import BRIEF_TABLE, camera_table, claims_table, spread, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text()
+README, MEASUREMENTS, DATA = (REPOSITORY / folder / "README.md" for folder in (".", "figures", "data"))
 ROWS = json.loads((REPOSITORY / "figures" / "results.json").read_text())
 
 
@@ -21,15 +21,25 @@ def tracked():
     return listing.stdout.split()
 
 
-def test_every_link_leads_somewhere():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
+@pytest.mark.parametrize("page", [README, MEASUREMENTS, DATA], ids=lambda page: page.parent.name)
+def test_every_link_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text())
     assert targets
-    missing = [t for t in targets if not t.startswith("http") and not (REPOSITORY / t).exists()]
-    assert not missing
+    for path, anchor in targets:
+        if not path.startswith("http"):
+            target = page.parent / path if path else page
+            assert target.exists(), path
+            assert not anchor or anchor in anchors(target), (path, anchor)
 
 
-def marked(name):
-    return re.search(f"<!-- {name} -->(.*)<!-- /{name} -->", README, re.DOTALL).group(1).strip()
+def anchors(page):
+    """The names that GitHub gives a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def marked(name, page=README):
+    return re.search(f"<!-- {name} -->(.*)<!-- /{name} -->", page.read_text(), re.DOTALL).group(1).strip()
 
 
 def test_tables_are_those_that_were_measured():
@@ -39,13 +49,13 @@ def test_tables_are_those_that_were_measured():
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     assert marked("claims") == claims_table([claim for claim in claims if "claim" in claim])
     assert marked("longer") == camera_table(json.loads((REPOSITORY / "figures" / "longer.json").read_text()))
-    assert marked("seeds") == spread(json.loads((REPOSITORY / "figures" / "seeds.json").read_text()))
+    assert marked("seeds", MEASUREMENTS) == spread(json.loads((REPOSITORY / "figures" / "seeds.json").read_text()))
 
 
 def test_a_gpus_figures_are_those_that_were_measured():
     measured = json.loads((REPOSITORY / "figures" / "cuda.json").read_text())
     dust3r, latency = measured["dust3r"], measured["latency"]
-    shown = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", marked("cuda"))]
+    shown = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", marked("cuda", MEASUREMENTS))]
     in_full, in_tf32 = (dust3r[f"published_s_per_pair{kind}"] for kind in ("", "_in_tf32"))
     ours, differs = dust3r["ours_s_per_pair"], dust3r["relative_difference"]
     expected = [*(round(1000 * seconds, 1) for seconds in (in_full, in_tf32, ours)),
