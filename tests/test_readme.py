@@ -55,7 +55,8 @@ def test_tables_are_those_that_were_measured():
 def test_a_gpus_figures_are_those_that_were_measured():
     measured = json.loads((REPOSITORY / "figures" / "cuda.json").read_text())
     dust3r, latency = measured["dust3r"], measured["latency"]
-    shown = [float(number) for number in re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", marked("cuda", MEASUREMENTS))]
+    numbers = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]*\w)", marked("cuda", MEASUREMENTS))
+    shown = [float(number) for number in numbers]
     in_full, in_tf32 = (dust3r[f"published_s_per_pair{kind}"] for kind in ("", "_in_tf32"))
     ours, differs = dust3r["ours_s_per_pair"], dust3r["relative_difference"]
     expected = [*(round(1000 * seconds, 1) for seconds in (in_full, in_tf32, ours)),
