@@ -1,10 +1,13 @@
 """Distillation losses: what a prediction may cost, by name, or a sum such as "laplace+0.01*reprojection".
 
 Every loss takes a student's ``Prediction`` and an ``augmentation.Batch`` and returns a scalar, a mean over the labelled
-pixels. Distances are in metres, reprojection errors in pixels.
+pixels (``ray``: over all). Distances are in metres, reprojection errors in pixels.
 """
 
 import torch
+import torch.nn.functional as F
+
+from kdutils.augmentation import world_points
 
 FARTHEST = 50.0  # pixels from which on a reprojection error costs hardly more
 NEAREST = 0.1  # metres before the camera; a point behind it has no image
@@ -72,7 +75,23 @@ def reprojection(prediction, batch):
     return _mean(FARTHEST * torch.tanh(error / FARTHEST), batch.mask & in_front)
 
 
-LOSSES = {loss.__name__: loss for loss in (mse, l1, huber, confidence, laplace, reprojection)}
+def ray(prediction, batch):
+    """How far a predicted point lies from its pixel's ray, in metres, with a label or without.
+
+    Where the teacher says nothing, the known pose still says in which direction a pixel looks. A point behind the
+    camera counts by its distance from the ray's beginning.
+    """
+    height, width = batch.images.shape[-2:]
+    eye = batch.poses[:, :3, 3, None, None]
+    ahead = world_points(batch.pixels, torch.ones_like(batch.confidence), batch.intrinsics, batch.poses) - eye
+    direction, offset = F.normalize(ahead, dim=1), prediction.points - eye
+    reach = (offset * direction).sum(1, keepdim=True).clamp(min=NEAREST)
+    distance = torch.sqrt(((offset - reach * direction) ** 2).sum(1, keepdim=True) + 1e-8)  # smooth at zero
+    x, y = batch.pixels.split(1, 1)  # of the frame: what an augmented view shows beyond it is nothing
+    return _mean(distance, (x > 0) & (x < width) & (y > 0) & (y < height))
+
+
+LOSSES = {loss.__name__: loss for loss in (mse, l1, huber, confidence, laplace, reprojection, ray)}
 
 
 def choose(text):

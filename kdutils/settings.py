@@ -46,9 +46,9 @@ OWN_ARMS = _by_name(
     *(Arm(f"anchornet-{start}", "anchornet", start) for start in STARTS),
 )
 LONG_ARMS = _by_name(
-    Arm("anchornet-long", "anchornet", "unfrozen", budget=8),
+    Arm("anchornet-long", "anchornet", "unfrozen", loss="laplace+mse+ray", budget=8),
     Arm("vit16-long", "vit", "unfrozen", 16, budget=8),
-    Arm("anchorvit-long", "anchorvit", "unfrozen", budget=8),
+    Arm("anchorvit-long", "anchorvit", "unfrozen", loss="laplace+mse+ray", budget=8),
 )
 ORIGINAL_ARMS = _by_name(
     Arm("original-mobilenet", "original-mobilenet", "unfrozen"),
@@ -173,7 +173,7 @@ class Preset:
     other_teacher: str = "compact"  # where DUSt3R's checkpoint cannot be had; it has seen rendered rooms only
     validation_share: float = 0.15  # of each training sequence, in several stretches
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
-    # Teachers that known cameras, pictures and other views help: alignment.posing, photometric and consistency.
+    # Teachers that known cameras, pictures and other views help: posing, photometric, consistency, completion.
     assisted: tuple[str, ...] = ("compact",)
     reduction: int = 1  # of images in the coarse part of a recipe: a student learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes

@@ -12,12 +12,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
-from kdutils.alignment import consistency, photometric
+from kdutils.alignment import completion, consistency, photometric
 from kdutils.alignment.posing import Posed
 from kdutils.settings import is_folder
 
-Labels = namedtuple("Labels", "points confidence valid depth earlier report digest")
-Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, and depth along z, each (N, H, W).
+Labels = namedtuple("Labels", "points confidence valid completed depth earlier report digest")
+Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, completed, depth along z, each (N, H, W).
+
+``valid`` is where the teacher has a label. ``completed`` is where other views' labels stand in for one: students learn
+from these too, and are not judged by them.
 
 ``earlier`` has the depth as it was "aligned", before the pictures corrected it, and then "refined", before views that
 agree were fused; it is empty for teachers whose labels are as they were aligned.
@@ -127,10 +130,9 @@ def align(study):
     """Stage 03: one world pointmap an image, from all pair predictions and the known poses."""
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
-    assisted = study.teacher in study.preset.assisted
+    assisted = study.teacher in study.preset.assisted and [photometric.VERSION, consistency.VERSION, completion.VERSION]
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
-                "alignment": alignment.VERSION,
-                "assisted": assisted and [photometric.VERSION, consistency.VERSION]}  # fmt: skip
+                "alignment": alignment.VERSION, "assisted": assisted}  # fmt: skip
     with artefacts.alone(study.labels_folder):
         if not artefacts.manifest_matches(manifest, settings):
             _align(study, shards, manifest, settings)
@@ -152,7 +154,9 @@ def _align(study, shards, manifest, settings):
                                      partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
         tensors |= {"aligned": aligned.depth.astype(np.float16), "refined": refined.astype(np.float16)}
         fused = consistency.fused(refined, valid, *cameras, shards.pairs, study.device)
-        tensors["depth"], tensors["valid"] = fused
+        tensors["depth"], tensors["completed"] = completion.completed(*fused, pictures, *cameras,
+                                                                      ~scene_frames.is_test, study.device)  # fmt: skip
+        tensors["valid"] = fused[1]
     artefacts.discard(manifest)
     artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
@@ -168,7 +172,9 @@ def labels(study):
                            f"Run notebooks 02 and 03 for scene {study.scene} again.")  # fmt: skip
     kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
     earlier = {name: kept[name] for name in ("aligned", "refined") if name in kept}
-    return Labels(_in_world(frames(study), kept["depth"]), kept["confidence"], np.array(kept["valid"]), kept["depth"],
+    valid = np.array(kept["valid"])
+    completed = np.array(kept["completed"]) if "completed" in kept else np.zeros_like(valid)
+    return Labels(_in_world(frames(study), kept["depth"]), kept["confidence"], valid, completed, kept["depth"],
                   earlier, manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
 
 

@@ -60,14 +60,15 @@ def test_rows_are_kept_beside_those_of_other_runs(scene, tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
     path = tmp_path / "kept.json"
-    run = {"scene": "box", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch", "train_seconds": 0.0}
-    replaced, others = run, [{**run, "scene": "elsewhere"}, {**run, "train_seconds": 120.0}]
-    artefacts.write_json(path, [others[0], replaced, others[1]])
+    run = {"scene": "box", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": "cnn-scratch", "loss": "mse",
+           "train_seconds": 0.0}  # fmt: skip
+    replaced, others = run, [{**run, "scene": "elsewhere"}, {**run, "train_seconds": 120.0}, {**run, "loss": "l1"}]
+    artefacts.write_json(path, [others[0], replaced, *others[1:]])
     arms = ["anchornet-scratch", "cnn-scratch", "mobilenet-frozen-mse"]
     classroom.main([str(scene), "--preset", "smoke", "--teacher", "depth", "--keep", str(path), "--arms", *arms])
     rows = {row["arm"]: row for row in classroom.reporting.collect(settings.Study(str(scene), "smoke", "depth"))}
     assert set(rows) == set(arms)  # the last one, an ablation, is not kept
-    assert artefacts.read_json(path) == [others[0], rows["cnn-scratch"], others[1], rows["anchornet-scratch"]]
+    assert artefacts.read_json(path) == [others[0], rows["cnn-scratch"], *others[1:], rows["anchornet-scratch"]]
 
 
 def test_test_images_and_what_arms_say_of_them_are_drawn(scene, tmp_path, monkeypatch):
@@ -105,6 +106,22 @@ def test_frames_without_labels_are_noticed_before_a_student_learns(scene, tmp_pa
     artefacts.write_tensors(file, tensors)
     with pytest.raises(training.TrainingError, match=f"no {part} frame has a label"):
         classroom.Classroom(study)
+
+
+def test_what_other_views_completed_is_taught_and_not_judged(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    study = settings.Study(str(scene), "smoke", "depth")
+    align(study)
+    assert not classroom.Classroom(study).labels.completed.any()
+    file = study.labels_folder / "labels.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in artefacts.read_tensors(file).items()}
+    tensors["completed"] = tensors["valid"] & (np.arange(SIZE[1]) < 10)
+    tensors["valid"] &= ~tensors["completed"]
+    artefacts.write_tensors(file, tensors)
+    room = classroom.Classroom(study)
+    assert np.array_equal(room.examples.mask, tensors["valid"] | tensors["completed"])
+    assert room.teach("cnn-scratch")["against_teacher"]["pixels"] == tensors["valid"][room.test].sum()
 
 
 def test_labels_of_other_frames_are_not_taken(scene, tmp_path, monkeypatch):

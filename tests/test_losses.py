@@ -16,6 +16,7 @@ from kdutils.students import Prediction
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTH = st.floats(1e-3, 5)
+OF_LABELS = [name for name in losses.LOSSES if name != "ray"]
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +196,49 @@ def test_reprojection_pulls_towards_the_ray(batch):
     assert float(after.detach()) < float(before.detach())
 
 
+# The pixel's ray
+
+
+def test_the_distance_along_the_ray_costs_nothing(batch):
+    camera = batch.poses[:, :3, 3, None, None]
+    for share in (0.2, 1, 5):
+        assert value("ray", Prediction(camera + share * (batch.points - camera), None), batch) < 1e-3
+
+
+@given(st.floats(0.01, 20))
+def test_ray_is_the_distance_from_it(batch, length):
+    camera = batch.poses[:, :3, 3, None, None]
+    beside = torch.linalg.cross(batch.points - camera, batch.poses[:, :3, 0, None, None].expand_as(batch.points), dim=1)
+    prediction = Prediction(batch.points + length * beside / beside.norm(dim=1, keepdim=True), None)
+    assert value("ray", prediction, batch) == pytest.approx(length, rel=1e-3)
+
+
+def test_rays_need_no_labels(batch):
+    prediction = off_by(batch, 0.5)
+    nothing = batch._replace(points=batch.points * math.nan, mask=batch.mask & False)
+    assert value("ray", prediction, nothing) == value("ray", prediction, batch) > 0.1
+
+
+def test_what_a_view_shows_beyond_its_frame_has_no_ray(batch):
+    left = torch.arange(20) < 10
+    points = torch.where(left, 1e6, off_by(batch, 0.5).points).requires_grad_()
+    outside = batch._replace(pixels=torch.where(left, 21.0, batch.pixels))
+    losses.ray(Prediction(points, None), outside).backward()
+    assert not points.grad[..., :10].any() and points.grad[..., 10:].any()
+
+
+def test_behind_the_camera_the_rays_beginning_counts(batch):
+    camera, forward = batch.poses[:, :3, 3, None, None], batch.poses[:, :3, 2, None, None]
+    points = (camera - 2 * forward).expand_as(batch.points).clone().requires_grad_()
+    cost = losses.ray(Prediction(points, None), batch)
+    cost.backward()
+    assert 2 < float(cost.detach()) < 2.2 and torch.isfinite(points.grad).all()
+
+
 # What is masked
 
 
-@pytest.mark.parametrize("name", [*losses.LOSSES, "laplace+0.002*reprojection"])
+@pytest.mark.parametrize("name", [*OF_LABELS, "laplace+0.002*reprojection"])
 @pytest.mark.parametrize("nothing", [math.nan, math.inf])
 def test_labels_that_are_no_numbers_count_nowhere(batch, name, nothing):
     holes = torch.where(batch.mask, batch.points, nothing)
@@ -216,7 +256,7 @@ def test_labels_that_are_no_numbers_count_nowhere(batch, name, nothing):
     assert not gradients[1][(~batch.mask).expand_as(gradients[1])].any()
 
 
-@pytest.mark.parametrize("name", losses.LOSSES)
+@pytest.mark.parametrize("name", OF_LABELS)
 def test_a_batch_without_labels_costs_nothing(batch, name):
     prediction = Prediction(batch.points.clone().requires_grad_(), torch.zeros_like(batch.confidence))
     cost = losses.choose(name)(prediction, batch._replace(mask=batch.mask & False))
