@@ -25,7 +25,8 @@ class Classroom:
         split = training.split_validation(np.asarray(self.frames.sequence), study.preset.validation_share)
         self.train, self.validation = (part[labelled[part]] for part in split)
         self._check(labelled)
-        taught = self.labels.valid | self.labels.completed
+        taught = np.array(self.labels.valid)
+        taught[self.train] |= self.labels.completed[self.train]  # what judges, the validation too, is the teacher's own
         self.examples = Examples.of(self.frames.image, self.labels.depth, taught, self.labels.confidence,
                                     self.frames.intrinsics, self.frames.poses, study.device)  # fmt: skip
 
@@ -157,10 +158,10 @@ def comparison(classroom, arms, most=1):
 
 
 def keep_rows(path, study, arms):
-    """Add the rows of trained arms to those in a JSON file; one of the same arm, loss and minutes gives way."""
+    """Add the rows of trained arms to those in a JSON file; one of the same arm and as many minutes gives way."""
     rows = artefacts.read_json(path) if path.exists() else []
     rows += [row for row in reporting.without_ablations(reporting.collect(study)) if row["arm"] in arms]
-    names = ("scene", "teacher", "preset", "seed", "arm", "loss")
+    names = ("scene", "teacher", "preset", "seed", "arm")
     by_run = {(*(row[name] for name in names), round(row["train_seconds"] / 60)): row for row in rows}
     artefacts.write_json(path, list(by_run.values()))
 

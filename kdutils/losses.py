@@ -1,7 +1,7 @@
 """Distillation losses: what a prediction may cost, by name, or a sum such as "laplace+0.01*reprojection".
 
 Every loss takes a student's ``Prediction`` and an ``augmentation.Batch`` and returns a scalar, a mean over the labelled
-pixels (``ray``: over all). Distances are in metres, reprojection errors in pixels.
+pixels (``ray``: over all that the frame shows). Distances are in metres, reprojection errors in pixels.
 """
 
 import torch
@@ -79,7 +79,7 @@ def ray(prediction, batch):
     """How far a predicted point lies from its pixel's ray, in metres, with a label or without.
 
     Where the teacher says nothing, the known pose still says in which direction a pixel looks. A point behind the
-    camera counts by its distance from the ray's beginning.
+    camera counts by its distance from where the ray begins, ``NEAREST`` metres before it.
     """
     height, width = batch.images.shape[-2:]
     eye = batch.poses[:, :3, 3, None, None]
@@ -87,7 +87,7 @@ def ray(prediction, batch):
     direction, offset = F.normalize(ahead, dim=1), prediction.points - eye
     reach = (offset * direction).sum(1, keepdim=True).clamp(min=NEAREST)
     distance = torch.sqrt(((offset - reach * direction) ** 2).sum(1, keepdim=True) + 1e-8)  # smooth at zero
-    x, y = batch.pixels.split(1, 1)  # of the frame: what an augmented view shows beyond it is nothing
+    x, y = batch.pixels.split(1, 1)  # of the frame: beyond it an augmented view repeats its border
     return _mean(distance, (x > 0) & (x < width) & (y > 0) & (y < height))
 
 

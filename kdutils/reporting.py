@@ -104,10 +104,10 @@ def camera_table(rows):
     """
     taught = list(dict.fromkeys((row["scene"], row["teacher"]) for row in rows))
     ranked = sorted(rows, key=lambda row: (taught.index((row["scene"], row["teacher"])), row["mse"]))
-    names = ("scene", "teacher", "student", "minutes", "loss", "images seen", "MSE m²", "median cm",
+    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "median cm",
              "to depth m²", "to depth cm", "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
     lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
-              row["loss"], f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", f"{100 * row['median']:.1f}",
+              f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", f"{100 * row['median']:.1f}",
               f"{row['depth_mse']:.4f}", f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
              for row in ranked]  # fmt: skip
     return markdown(names, lines)

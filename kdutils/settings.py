@@ -46,9 +46,9 @@ OWN_ARMS = _by_name(
     *(Arm(f"anchornet-{start}", "anchornet", start) for start in STARTS),
 )
 LONG_ARMS = _by_name(
-    Arm("anchornet-long", "anchornet", "unfrozen", loss="laplace+mse+ray", budget=8),
+    Arm("anchornet-long", "anchornet", "unfrozen", budget=8),
     Arm("vit16-long", "vit", "unfrozen", 16, budget=8),
-    Arm("anchorvit-long", "anchorvit", "unfrozen", loss="laplace+mse+ray", budget=8),
+    Arm("anchorvit-long", "anchorvit", "unfrozen", budget=8),
 )
 ORIGINAL_ARMS = _by_name(
     Arm("original-mobilenet", "original-mobilenet", "unfrozen"),

@@ -153,10 +153,10 @@ def _align(study, shards, manifest, settings):
         refined = photometric.refine(aligned.depth, pictures, *cameras, shards.pairs, study.device,
                                      partial(tqdm, desc="refine", unit="batch"))  # fmt: skip
         tensors |= {"aligned": aligned.depth.astype(np.float16), "refined": refined.astype(np.float16)}
-        fused = consistency.fused(refined, valid, *cameras, shards.pairs, study.device)
-        tensors["depth"], tensors["completed"] = completion.completed(*fused, pictures, *cameras,
-                                                                      ~scene_frames.is_test, study.device)  # fmt: skip
-        tensors["valid"] = fused[1]
+        fused, tensors["valid"] = consistency.fused(refined, valid, *cameras, shards.pairs, study.device)
+        tensors["depth"], tensors["completed"] = completion.completed(
+            fused, tensors["valid"], pictures, *cameras, ~scene_frames.is_test, study.device
+        )
     artefacts.discard(manifest)
     artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})

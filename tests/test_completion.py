@@ -47,6 +47,22 @@ def test_what_looks_otherwise_hides_the_surface():
     assert not found[4, 10:24, 14:23].any() and found[4, 10:24, 23:32].mean() > 0.9
 
 
+@pytest.mark.parametrize("channels", [[0, 1, 2], [2]])
+def test_colours_that_differ_a_little_more_than_they_may_are_others(channels):
+    pictures = WORLD.image.astype(int)
+    shift = round(255 * 1.5 * completion.ALIKE * 3 / len(channels))
+    patch = pictures[4, 10:24, 14:23][..., channels]
+    pictures[4, 10:24, 14:23][..., channels] = patch + np.where(patch > 127, -shift, shift)
+    _, found = completed(*with_hole(), pictures.astype(np.uint8))
+    assert found[4, 10:24, 14:22].mean() < 0.1 and found[4, 10:24, 24:32].mean() > 0.9
+
+
+def test_points_are_thinned_with_their_colours(monkeypatch):
+    monkeypatch.setattr(completion, "MOST_POINTS", COUNT // 2)
+    depth, found = completed(*with_hole())
+    assert 0.5 < found[HOLE].mean() < 1 and np.abs(depth / WORLD.depth - 1)[found].max() < 0.05
+
+
 def test_only_sources_are_asked():
     depth, kept = with_hole()
     depth[:3] *= 1.5
@@ -55,7 +71,7 @@ def test_only_sources_are_asked():
     assert not completed(*with_hole(), sources=~ALL)[1].any()
 
 
-def test_the_points_of_one_other_view_are_too_few():
+def test_fewer_than_three_points_are_too_few():
     depth, kept = with_hole()
     kept[:] &= np.isin(np.arange(COUNT), [3, 4])[:, None, None]
     assert completed(depth, kept)[1][HOLE].mean() < 0.1

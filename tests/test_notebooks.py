@@ -20,6 +20,7 @@ from papermill.iorw import load_notebook_node
 from plotly.io import from_json
 
 from kdutils import alignment, evaluation, stages
+from kdutils.alignment import completion
 from kdutils.settings import ARMS, PRESETS, Study
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -131,6 +132,16 @@ def test_labels_come_nearer_to_the_room_with_each_step(study, monkeypatch):
     errors = [evaluation.point_errors(points, truth, where & measured) for points, where in steps]
     for before, after in zip(errors, errors[1:]):
         assert after["median"] < 0.8 * before["median"] and after["mse"] < 0.8 * before["mse"]
+
+
+def test_holes_are_completed_by_training_images_alone(study, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(study[0]))
+    kitchen = Study("kitchen", "smoke")
+    labels, frames = stages.labels(kitchen), stages.frames(kitchen)
+    given = labels.depth, labels.valid, frames.image, frames.intrinsics, frames.poses
+    depth, found = completion.completed(*given, ~frames.is_test)
+    assert found.any() and np.array_equal(found, labels.completed) and np.array_equal(depth, labels.depth)
+    assert not np.array_equal(found, completion.completed(*given, np.ones(len(frames), bool))[1])
 
 
 def test_study_says_which_arms_had_no_pretrained_weights(study):

@@ -106,7 +106,7 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
     names, _, line, *others = cells(reporting.camera_table([*some, {**some[1], "scene": "office"}]))
     assert [other[:3:2] for other in others] == [["kitchen", "cnn-scratch"], ["office", "anchornet-long"]]
     assert dict(zip(names, line, strict=True)) == {
-        "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0", "loss": "mse",
+        "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0",
         "images seen": "12,800", "MSE m²": "0.0500", "median cm": "25.0", "to depth m²": "0.1000",
         "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
         "within 5 cm, 5°": "30%", "within 2 cm, 2°": "10%",

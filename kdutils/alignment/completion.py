@@ -16,10 +16,10 @@ from kdutils.alignment.consistency import TOLERANCE
 from kdutils.alignment.photometric import NEAREST
 
 VERSION = 1  # raise it when the same labels are completed otherwise: those on disk are then made anew
-MOST_POINTS = 3_000_000  # of the other views' labels, thinned evenly
+MOST_POINTS = 250  # of all labels that may be taken, for each pixel of an image; more are thinned evenly
 LEAST_AGREEING = 3
 ALIKE = 0.04  # largest mean difference of red, green and blue, each from 0 to 1
-STEPS_A_METRE = 10_000  # of depths as they are sorted
+STEPS_A_METRE = 10_000  # of the depth in the sort key, which is pixel and depth in one integer
 
 
 @torch.inference_mode()
@@ -29,11 +29,12 @@ def completed(depth, kept, pictures, intrinsics, poses, sources, device="cpu"):
     Args:
         depth: ``(N, H, W)`` along z in metres. kept: ``(N, H, W)`` bool, where that is a label. pictures: ``(N, H, W,
             3)`` uint8. intrinsics: ``(3, 3)`` in pixels. poses: ``(N, 4, 4)`` camera-to-world, metres.
-        sources: ``(N,)`` bool, images whose labels the others may take.
+        sources: ``(N,)`` bool, images whose labels the others may take: no test images, for these must not teach.
 
     Returns:
         Depth ``(N, H, W)`` float32, as before where nothing new was found, and where something was ``(N, H, W)`` bool.
     """
+    device = "cpu" if torch.device(device).type == "mps" else device  # which has no float64
     depth, found = np.array(depth, np.float32), np.zeros(np.shape(kept), bool)
     points, colours = (torch.tensor(part, device=device) for part in _cloud(depth, kept & sources[:, None, None],
                                                                             pictures, intrinsics, poses))  # fmt: skip
@@ -44,8 +45,8 @@ def completed(depth, kept, pictures, intrinsics, poses, sources, device="cpu"):
         own = torch.tensor(pictures[image], device=device).flatten(0, 1)[pixels] / 255
         alike = (colour - own).abs().mean(-1) < ALIKE
         chosen = pixels[alike].cpu().numpy()
-        depth[image].reshape(-1)[chosen] = surface[alike].cpu().numpy()
-        found[image].reshape(-1)[chosen] = True
+        depth[image].flat[chosen] = surface[alike].cpu().numpy()
+        found[image].flat[chosen] = True
     return depth, found
 
 
@@ -75,7 +76,9 @@ def seen(points, colours, pose, camera, wanted):
     begin = torch.nonzero(agree)[:, 0]
     _, times = pixel[begin].unique_consecutive(return_counts=True)
     begin = begin[times.cumsum(0) - times]  # the first of each pixel
-    end = torch.searchsorted(order, pixel[begin] * span + (STEPS_A_METRE * (1 + TOLERANCE) * z[begin]).long())
+    end = torch.searchsorted(
+        order, pixel[begin] * span + (STEPS_A_METRE * (1 + TOLERANCE) * z[begin]).long(), right=True
+    )
     count = (end - begin)[:, None]
     summed = F.pad(torch.cat([z[:, None], colours], 1).cumsum(0), (0, 0, 1, 0))
     mean = (summed[end] - summed[begin]) / count
@@ -84,6 +87,10 @@ def seen(points, colours, pose, camera, wanted):
 
 def _cloud(depth, chosen, pictures, intrinsics, poses):
     """World points ``(M, 3)`` of the chosen pixels, and their colours ``(M, 3)`` from 0 to 1."""
-    points = world_points(depth, np.broadcast_to(intrinsics, (len(depth), 3, 3)), poses)[chosen]
-    every = math.ceil(len(points) / MOST_POINTS) or 1
-    return points[::every].astype(np.float32), pictures[chosen][::every].astype(np.float32) / 255
+    every = max(1, math.ceil(np.count_nonzero(chosen) / (MOST_POINTS * depth[0].size)))
+    points, colours = [np.zeros((0, 3), np.float32)], [np.zeros((0, 3), np.uint8)]
+    for image in np.flatnonzero(chosen.any((1, 2))):  # one by one: all points of a large scene are gigabytes
+        places = np.flatnonzero(chosen[image])[::every]
+        points.append(world_points(depth[[image]], intrinsics[None], poses[[image]]).reshape(-1, 3)[places])
+        colours.append(pictures[image].reshape(-1, 3)[places])
+    return np.concatenate(points).astype(np.float32), np.concatenate(colours).astype(np.float32) / 255
