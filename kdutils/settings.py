@@ -86,7 +86,10 @@ STRONG = Augmentation(rotation=30, zoom=0.5, shift=0.2, colour=0.2, blur=0.7, tr
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a kind of student learns: AdamW, which loss and schedule ("cosine" or "constant"), augmented or not."""
+    """How a kind of student learns: which loss and schedule ("cosine" or "constant"), augmented or not.
+
+    ``adamw`` names the parts that AdamW teaches, where Muon teaches all others (``optimisers.choose``).
+    """
 
     learning_rate: float
     loss: str = "mse"  # see losses.choose
@@ -94,19 +97,32 @@ class Recipe:
     schedule: str = "cosine"
     weight_decay: float = 0.01
     averaged: bool = False  # the student is the running mean of its weights in the second half
+    adamw: tuple[str, ...] = ()
     coarse: float = 0.0  # share of the budget, at first, with images made smaller by the preset's `reduction`
 
 
 RECIPES = {
     "cnn": Recipe(2e-3),
     "mobilenet": Recipe(2e-3),
-    "vit": Recipe(5e-4),
-    "frozen": Recipe(3e-3),  # the head alone, on a frozen backbone
-    "anchornet": Recipe(3e-3, "laplace+mse", averaged=True, coarse=0.6),
-    "anchorvit": Recipe(1e-3, "laplace+mse", averaged=True, coarse=0.6),
-    "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0),
-    "original-mobilenet": Recipe(1e-3, augmented=False, schedule="constant", weight_decay=0.0),
+    "mobilenet-scratch": Recipe(6e-3),
+    "vit": Recipe(2e-3),
+    "vit-scratch": Recipe(4e-3),
+    "frozen": Recipe(5e-3),  # the head alone, on a frozen backbone
+    # AdamW for AnchorNet's head: it is one layer, and Muon is for those in between.
+    "anchornet": Recipe(6e-3, "laplace+mse", averaged=True, adamw=("head",), coarse=0.6),
+    "anchorvit": Recipe(2e-3, "laplace+mse", averaged=True, adamw=("head",), coarse=0.6),
+    "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0, adamw=("backbone", "head")),
+    "original-mobilenet": Recipe(
+        1e-3, augmented=False, schedule="constant", weight_decay=0.0, adamw=("backbone", "head")
+    ),
 }
+
+
+def recipe_of(arm):
+    """How an arm learns; random weights may ask for a higher rate than pretrained ones."""
+    usual = RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
+    recipe = RECIPES.get(f"{arm.backbone}-{arm.start}", usual)
+    return replace(recipe, loss=arm.loss or recipe.loss)
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import math
 import os
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdutils import artefacts, losses, students
+from kdutils import artefacts, losses, optimisers, students
 from kdutils.augmentation import DRAWS
-from kdutils.settings import RECIPES, Augmentation, Recipe
+from kdutils.settings import Augmentation, Recipe, recipe_of
 
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 STRETCHES = 4  # of a training sequence, at most, that are held out
@@ -78,8 +78,7 @@ def arm_seed(study_seed, arm):
 
 def plan_for(study, arm):
     """The preset's plan for one arm (``settings.Arm``)."""
-    preset, recipe = study.preset, RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
-    recipe = replace(recipe, loss=arm.loss or recipe.loss)
+    preset, recipe = study.preset, recipe_of(arm)
     seconds = preset.seconds and preset.seconds * arm.budget
     return Plan(recipe, max(1, round(preset.steps * arm.budget)), seconds, preset.batch, preset.validations,
                 arm_seed(study.seed, arm.name), preset.augmentation if recipe.augmented else None,
@@ -145,7 +144,7 @@ class _Run:
 
     def __init__(self, folder, settings, student, plan, progress):
         self.student, self.plan = student, plan
-        self.digest = artefacts.digest({**settings, "format": 3})  # of the state on disk: others are not gone on with
+        self.digest = artefacts.digest({**settings, "format": 4})  # of the state on disk: others are not gone on with
         self.progress = progress or (lambda *_: None)
         self.loss, self.device = losses.choose(plan.recipe.loss), next(student.parameters()).device
         self.state_path = folder / "training.pt"
@@ -153,9 +152,7 @@ class _Run:
         self.step, self.history, self.seconds, self.learning_seconds = 0, [], 0.0, 0.0
         self.best = {"mse": math.inf, "step": 0, "student": None, "coarse": False}
         self.coarse = plan.recipe.coarse if plan.reduction > 1 else 0
-        learning = [p for p in student.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(learning, lr=plan.recipe.learning_rate,
-                                           weight_decay=plan.recipe.weight_decay, fused=True)  # fmt: skip
+        self.optimisers = optimisers.choose(student, plan.recipe)
         # Not torch's AveragedModel, which makes the device wait for its counter in every step.
         self.mean, self.averaged = copy.deepcopy(student) if plan.recipe.averaged else None, 0
         self._resume()
@@ -212,15 +209,16 @@ class _Run:
         else:
             batch = batch.batch()
         self.student.train()
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.plan.recipe, done)
         with half_precision(self.device, self.plan.bfloat16):
             prediction = self.learner(batch.images.contiguous(memory_format=torch.channels_last))
         loss = self.loss(prediction, batch)
-        self.optimiser.zero_grad()
+        self.student.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-        self.optimiser.step()
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(self.plan.recipe, done)
+            optimiser.step()
         if self.mean is not None and done >= max(0.5, self.coarse):
             self._average()
         return loss.detach()
@@ -264,7 +262,7 @@ class _Run:
     def _save(self):
         state = {"settings": self.digest, "step": self.step, "seconds": self.seconds,
                  "learning_seconds": self.learning_seconds, "history": self.history, "best": self.best,
-                 "student": self.student.state_dict(), "optimiser": self.optimiser.state_dict(),
+                 "student": self.student.state_dict(), "optimisers": [one.state_dict() for one in self.optimisers],
                  "mean": self.mean and self.mean.state_dict(), "averaged": self.averaged}  # fmt: skip
         artefacts.write_aside(self.state_path, lambda aside: torch.save(state, aside))
 
@@ -275,7 +273,8 @@ class _Run:
         if state["settings"] != self.digest:
             return
         self.student.load_state_dict(state["student"])
-        self.optimiser.load_state_dict(state["optimiser"])
+        for optimiser, kept in zip(self.optimisers, state["optimisers"]):
+            optimiser.load_state_dict(kept)
         if self.mean:
             self.mean.load_state_dict(state["mean"])
             self.averaged = state["averaged"]

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kdutils import dust3r, evaluation, students, training  # noqa: E402
 from kdutils.augmentation import Examples  # noqa: E402
-from kdutils.settings import ARMS, MILD, RECIPES, Study  # noqa: E402
+from kdutils.settings import ARMS, MILD, Study, recipe_of  # noqa: E402
 
 LATENCY_ARMS = ("anchornet-scratch", "cnn-scratch", "mobilenet-scratch", "vit16-scratch", "vit32-scratch",
                 "vit64-scratch", "original-mobilenet")  # fmt: skip
@@ -110,7 +110,7 @@ def training_rate(arm, options, device):
     intrinsics = np.array([[width, 0, width / 2], [0, width, height / 2], [0, 0, 1]], np.float32)
     examples = Examples.of(images, depth, depth > 0, depth, intrinsics, np.tile(np.eye(4), (count, 1, 1)), device)
     study, given = Study(device=str(device)), replace(ARMS[arm], start="scratch")
-    recipe = RECIPES[given.backbone]
+    recipe = recipe_of(given)
     plan = training.Plan(recipe, 10**9, options.seconds, options.batch, validations=1, seed=0,
                          augmentation=MILD if recipe.augmented else None)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
