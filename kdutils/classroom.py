@@ -77,6 +77,7 @@ class Classroom:
             "weights": manifest["weights_origin"],
             "weights_note": manifest["settings"]["weights"],
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
+            "where_shown": self._errors_where_shown(points),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
             "mean_point": self.baseline,
             "localisation": {name: located[name] for name in localisation.FIGURES if located},
@@ -90,6 +91,19 @@ class Classroom:
                        "train_images_per_second": manifest["images_per_second"]},
             "machine": evaluation.machine(study.device),
         }  # fmt: skip
+
+    def _errors_where_shown(self, points):
+        """Against the labels in those pixels whose place some training image has a label for, and their share."""
+        valid = self.labels.valid[self.test]
+        mask = valid & self.shown
+        errors = evaluation.point_errors(points, self.labels.points[self.test], mask) if mask.any() else {}
+        return {"share": float(mask.sum() / valid.sum()), **errors}
+
+    @cached_property
+    def shown(self):
+        """Test pixels ``(N, H, W)`` whose labelled place a training image has a label for, see ``evaluation.shown``."""
+        taught = (self.labels.valid | self.labels.completed)[self.train]
+        return evaluation.shown(self.labels.points[self.test], self.labels.points[self.train], taught)
 
     def mean_point(self, frames):
         """Errors in some frames of the mean labelled training point, said for every pixel."""

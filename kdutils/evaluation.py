@@ -15,6 +15,7 @@ from kdutils.parallel import in_threads
 from kdutils.training import half_precision, predict
 
 BANDS_CM = (5, 10)
+SAME_PLACE = 0.05  # metres: the side of the cubes in which points count as of one place, or of neighbouring ones
 
 
 def point_errors(predicted, truth, mask):
@@ -49,6 +50,28 @@ def point_errors(predicted, truth, mask):
         **{f"within_{cm}cm": float(np.mean(distance < cm / 100)) for cm in BANDS_CM},
         "pixels": int(mask.sum()),
     }
+
+
+def shown(points, taught, masks):
+    """Which points ``(N, H, W, 3)`` lie where a training image has a label: in the same cube or one beside it.
+
+    Args:
+        points: in the world, metres. taught, masks: the training images' points ``(M, H, W, 3)``, and the pixels of
+            them that have a label ``(M, H, W)``.
+
+    Returns:
+        ``(N, H, W)`` bool: True within 5 cm of a label of a training image, False from 17 cm on.
+    """
+    known = np.unique(np.concatenate([np.unique(_cubes(frame[mask])) for frame, mask in zip(taught, masks)]))
+    beside = [(x << 42) + (y << 21) + z for x in (-1, 0, 1) for y in (-1, 0, 1) for z in (-1, 0, 1)]
+    known = np.unique(known + np.array(beside)[:, None])
+    return np.stack([np.isin(_cubes(frame), known) for frame in points])
+
+
+def _cubes(points):
+    """One number for the cube that each of the points ``(..., 3)`` lies in, within 50 km of the world's origin."""
+    x, y, z = np.moveaxis(np.floor(points / SAME_PLACE).astype(np.int64) + 2**20, -1, 0)
+    return (x << 42) + (y << 21) + z
 
 
 def pair_errors(said, own_points, known, poses):

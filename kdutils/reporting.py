@@ -15,10 +15,11 @@ from kdutils.training import plan_for
 
 PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
 COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
-           "within_5cm", "within_10cm", "depth_mse", "depth_rmse", "depth_median", "depth_p90", "depth_within_5cm",
-           "depth_within_10cm", "localised_translation", "localised_rotation", "localised_within_5cm_5deg",
-           "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch", "parameters", "megabytes",
-           "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second", "machine")  # fmt: skip
+           "within_5cm", "within_10cm", "shown_share", "shown_mse", "depth_mse", "depth_rmse", "depth_median",
+           "depth_p90", "depth_within_5cm", "depth_within_10cm", "localised_translation", "localised_rotation",
+           "localised_within_5cm_5deg", "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch",
+           "parameters", "megabytes", "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second",
+           "machine")  # fmt: skip
 TABLE = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
          "MB", "ms", "trained s")  # fmt: skip
 BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "within 5 cm, 5°", "trained s"))
@@ -104,13 +105,19 @@ def camera_table(rows):
     """
     taught = list(dict.fromkeys((row["scene"], row["teacher"]) for row in rows))
     ranked = sorted(rows, key=lambda row: (taught.index((row["scene"], row["teacher"])), row["mse"]))
-    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "median cm",
+    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "where shown", "median cm",
              "to depth m²", "to depth cm", "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
     lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
-              f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", f"{100 * row['median']:.1f}",
-              f"{row['depth_mse']:.4f}", f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
+              f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", _metres2(row.get("shown_mse")),
+              f"{100 * row['median']:.1f}", f"{row['depth_mse']:.4f}", f"{100 * row['depth_median']:.1f}",
+              *place_cells(located(row))[:4]]
              for row in ranked]  # fmt: skip
     return markdown(names, lines)
+
+
+def _metres2(mse):
+    """As text; nothing where it was not measured."""
+    return "" if mse is None else f"{mse:.4f}"
 
 
 def control_table(rows, control):
@@ -331,6 +338,7 @@ def _untested(text, test, found):
 
 def _row(metrics):
     own = {name: value for name, value in metrics["against_teacher"].items() if name != "pixels"}
+    shown = {f"shown_{name}": metrics["where_shown"].get(name) for name in ("share", "mse")}
     depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
     first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
     arm = ARMS[metrics["arm"]]
@@ -338,8 +346,8 @@ def _row(metrics):
     label = metrics["arm"] + (" (random weights)" if unpretrained else "")
     baseline = metrics["mean_point"]["mse"]
     localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}
-    return {**first, "label": label, "unpretrained": unpretrained, **own, "mean_point_mse": baseline, **depth,
-            **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
+    return {**first, "label": label, "unpretrained": unpretrained, **own, **shown, "mean_point_mse": baseline,
+            **depth, **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
 
 
 def _short(value):

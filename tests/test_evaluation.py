@@ -6,6 +6,7 @@ import torch
 from conftest import box_world, rotation
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_allclose
 
 from kdutils import evaluation, geometry, students, training
@@ -58,6 +59,29 @@ def test_empty_mask_is_an_error():
     truth, mask = scene()
     with pytest.raises(ValueError, match="mask is empty"):
         evaluation.point_errors(truth, truth, mask & False)
+
+
+@pytest.mark.parametrize("distance, expected", [(0.0, True), (0.049, True), (0.18, False), (3.0, False)])
+def test_a_place_is_shown_where_a_training_label_is_near(distance, expected):
+    rng = np.random.default_rng(0)
+    taught = rng.uniform(-5, 5, (2, 3, 4, 3))
+    masks = np.zeros((2, 3, 4), bool)
+    masks[1, 2, 3] = True
+    ways = rng.normal(size=(7, 5, 5, 3))
+    points = taught[1, 2, 3] + distance * ways / np.linalg.norm(ways, axis=-1, keepdims=True)
+    assert (evaluation.shown(points, taught, masks) == expected).all()
+
+
+def test_no_label_shows_nothing():
+    points = np.zeros((1, 2, 2, 3))
+    assert not evaluation.shown(points, points, np.zeros((1, 2, 2), bool)).any()
+
+
+@given(arrays(np.float64, (1, 4, 4, 3), elements=st.floats(-100, 100)), st.integers(0, 15))
+def test_every_place_shows_itself(points, chosen):
+    masks = np.zeros((1, 16), bool)
+    masks[0, chosen] = True
+    assert evaluation.shown(points, points, masks.reshape(1, 4, 4))[masks.reshape(1, 4, 4)].all()
 
 
 def test_mean_point_baseline_is_the_variance_of_the_room():
