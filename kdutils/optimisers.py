@@ -11,10 +11,10 @@ _NEWTON_SCHULZ = muon.zeropower_via_newtonschulz
 def choose(student, recipe):
     """The optimisers of a student's weights that learn, each made for its recipe (``settings.Recipe``).
 
-    Muon (K. Jordan et al., 2024) makes every direction of a matrix's momentum count alike, where a gradient is mostly
-    of few directions; a convolution's weights are a matrix of its outputs by all that each sees. Its steps are as long
-    as AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate. What is no matrix, and the parts
-    that the recipe's ``adamw`` names, are AdamW's.
+    Muon (K. Jordan et al., 2024; timm's, as torch's takes no convolutions) makes every direction of a matrix's momentum
+    count alike, where a gradient is mostly of few; a convolution's weights are a matrix of its outputs by all that each
+    sees. Its steps are as long as AdamW's (arXiv 2502.16982, section 2.2), so that both go by one learning rate. What
+    is no matrix, and the parts that the recipe's ``adamw`` names, are AdamW's.
     """
     learning = [(name, weights) for name, weights in student.named_parameters() if weights.requires_grad]
     matrices = [weights for name, weights in learning if _is_matrix(weights) and not name.startswith(recipe.adamw)]

@@ -61,6 +61,17 @@ def spread(by_arm):
     return markdown(("student", "seeds", "MSE m², mean", "lowest to highest"), lines)
 
 
+def beside(first, second, names):
+    """Two of ``over_seeds``, called ``names``, as a Markdown table: mean test MSEs, and the second's share of it.
+
+    Best of the second first; arms that only one of the two has are left out.
+    """
+    means = {arm: [np.mean([*by_arm[arm].values()]) for by_arm in (first, second)] for arm in first if arm in second}
+    lines = [[arm, f"{one:.4f}", f"{other:.4f}", f"{other / one:.2f}"]
+             for arm, (one, other) in sorted(means.items(), key=lambda item: item[1][1])]  # fmt: skip
+    return markdown(("student", *names, f"{names[1]} / {names[0]}"), lines)
+
+
 def without_ablations(rows):
     """The rows of the arms proper."""
     return [row for row in rows if row["arm"] not in ABLATION_ARMS]

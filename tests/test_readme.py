@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdutils.reporting import BRIEF_TABLE, camera_table, claims_table, spread, table
+from kdutils.reporting import BRIEF_TABLE, beside, camera_table, claims_table, spread, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README, MEASUREMENTS, DATA = (REPOSITORY / folder / "README.md" for folder in (".", "figures", "data"))
@@ -49,7 +49,11 @@ def test_tables_are_those_that_were_measured():
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     assert marked("claims") == claims_table([claim for claim in claims if "claim" in claim])
     assert marked("longer") == camera_table(json.loads((REPOSITORY / "figures" / "longer.json").read_text()))
-    assert marked("seeds", MEASUREMENTS) == spread(json.loads((REPOSITORY / "figures" / "seeds.json").read_text()))
+    over_seeds, adamw = (
+        json.loads((REPOSITORY / "figures" / f"{name}.json").read_text()) for name in ("seeds", "adamw")
+    )
+    assert marked("seeds", MEASUREMENTS) == spread(over_seeds)
+    assert marked("adamw", MEASUREMENTS) == beside(adamw, over_seeds, ("AdamW", "Muon"))
 
 
 def test_a_gpus_figures_are_those_that_were_measured():

@@ -103,13 +103,21 @@ def test_table_has_the_arms_proper_best_first(rows):
     assert len(with_paper) == len(lines) + 4 and with_paper[-1][2] == "0.0012"
 
 
+def test_two_runs_beside_each_other_by_their_means():
+    first, second = {"a": {"0": 0.1, "1": 0.3}, "b": {"0": 1.0}, "c": {"0": 1.0}}, {"b": {"0": 0.02}, "a": {"0": 0.1}}
+    names, _, *lines = cells(reporting.beside(first, second, ("old", "new")))
+    assert names == ["student", "old", "new", "new / old"]
+    assert lines == [["b", "1.0000", "0.0200", "0.02"], ["a", "0.2000", "0.1000", "0.50"]]
+
+
 def test_camera_table_says_what_was_learned_and_what_is_found(rows):
     some = [row for row in rows if row["arm"] in ("cnn-scratch", "anchornet-long")]
     names, _, line, *others = cells(reporting.camera_table([*some, {**some[1], "scene": "office"}]))
     assert [other[:3:2] for other in others] == [["kitchen", "cnn-scratch"], ["office", "anchornet-long"]]
     assert dict(zip(names, line, strict=True)) == {
         "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0",
-        "images seen": "12,800", "MSE m²": "0.0500", "where shown": "0.0250", "median cm": "25.0", "to depth m²": "0.1000",
+        "images seen": "12,800", "MSE m²": "0.0500", "where shown": "0.0250", "median cm": "25.0",
+        "to depth m²": "0.1000",
         "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
         "within 5 cm, 5°": "30%", "within 2 cm, 2°": "10%",
     }  # fmt: skip
