@@ -241,8 +241,9 @@ def as_map(tokens, size):
 
 def points_and_confidence(raw):
     """Points ``(B, H, W, 3)`` and confidence above 1 ``(B, H, W)`` from a head's output ``(B, 4, H, W)``."""
-    length = raw[:, :3].square().sum(1, keepdim=True).sqrt()  # not norm(dim=1), which a CPU takes long for
-    points = raw[:, :3] * (length.expm1() / length.clamp(min=1e-8))
+    # Not norm(dim=1), which a CPU takes long for; away from zero, where the root has no slope.
+    length = raw[:, :3].square().sum(1, keepdim=True).clamp(min=1e-16).sqrt()
+    points = raw[:, :3] * (length.expm1() / length)
     return points.permute(0, 2, 3, 1), 1 + raw[:, 3].exp()
 
 

@@ -62,11 +62,13 @@ def spread(by_arm):
 
 
 def beside(first, second, names):
-    """Two of ``over_seeds``, called ``names``, as a Markdown table: mean test MSEs, and the second's share of it.
+    """Two of ``over_seeds``, called ``names``, as a Markdown table: mean test MSEs, and the second by the first.
 
-    Best of the second first; arms that only one of the two has are left out.
+    Best of the second first; arms and seeds that only one of the two has are left out.
     """
-    means = {arm: [np.mean([*by_arm[arm].values()]) for by_arm in (first, second)] for arm in first if arm in second}
+    seeds = {arm: first[arm].keys() & second[arm].keys() for arm in first.keys() & second.keys()}
+    means = {arm: [np.mean([by_arm[arm][seed] for seed in same]) for by_arm in (first, second)]
+             for arm, same in seeds.items() if same}  # fmt: skip
     lines = [[arm, f"{one:.4f}", f"{other:.4f}", f"{other / one:.2f}"]
              for arm, (one, other) in sorted(means.items(), key=lambda item: item[1][1])]  # fmt: skip
     return markdown(("student", *names, f"{names[1]} / {names[0]}"), lines)

@@ -88,7 +88,8 @@ STRONG = Augmentation(rotation=30, zoom=0.5, shift=0.2, colour=0.2, blur=0.7, tr
 class Recipe:
     """How a kind of student learns: which loss and schedule ("cosine" or "constant"), augmented or not.
 
-    ``adamw`` names the parts that AdamW teaches, where Muon teaches all others (``optimisers.choose``).
+    ``adamw`` has the beginnings of the names of weights that AdamW teaches; of others Muon teaches the matrices
+    (``optimisers.choose``).
     """
 
     learning_rate: float
@@ -108,7 +109,7 @@ RECIPES = {
     "vit": Recipe(2e-3),
     "vit-scratch": Recipe(4e-3),
     "frozen": Recipe(5e-3),  # the head alone, on a frozen backbone
-    # AdamW for AnchorNet's head: it is one layer, and Muon is for those in between.
+    # AdamW for the head: with Muon for it too AnchorNet had 0.0061 m² after 240 s, and 0.0054 without.
     "anchornet": Recipe(6e-3, "laplace+mse", averaged=True, adamw=("head",), coarse=0.6),
     "anchorvit": Recipe(2e-3, "laplace+mse", averaged=True, adamw=("head",), coarse=0.6),
     "original-cnn": Recipe(1e-4, augmented=False, schedule="constant", weight_decay=0.0, adamw=("backbone", "head")),
@@ -119,7 +120,7 @@ RECIPES = {
 
 
 def recipe_of(arm):
-    """How an arm learns; random weights may ask for a higher rate than pretrained ones."""
+    """How an arm learns; one from scratch may ask for a higher rate than a pretrained one."""
     usual = RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
     recipe = RECIPES.get(f"{arm.backbone}-{arm.start}", usual)
     return replace(recipe, loss=arm.loss or recipe.loss)

@@ -8,6 +8,7 @@ import pytest
 from conftest import HIGH, LOW, box_world
 from numpy.testing import assert_allclose
 from PIL import Image
+from scipy.spatial import cKDTree
 from test_scenes import frame_file, info_text, split_text
 
 from kdutils import artefacts, classroom, settings, stages, teachers, training
@@ -123,6 +124,27 @@ def test_what_other_views_completed_is_taught_and_not_judged(scene, tmp_path, mo
     taught[room.train] |= tensors["completed"][room.train]
     assert tensors["completed"][room.train].any() and np.array_equal(room.examples.mask, taught)
     assert room.teach("cnn-scratch")["against_teacher"]["pixels"] == tensors["valid"][room.test].sum()
+
+
+def test_errors_are_also_given_for_the_places_that_training_images_show(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    study = settings.Study(str(scene), "smoke", "depth")
+    align(study)
+    room = classroom.Classroom(study)
+    found = room.teach("cnn-scratch")["where_shown"]
+    valid, points = room.labels.valid, room.labels.points
+    training_points = cKDTree(points[room.train][valid[room.train]])
+    distance, _ = training_points.query(points[room.test][valid[room.test]])
+    assert 0 < (distance < 0.05).sum() <= found["pixels"] <= (distance < 0.18).sum() < len(distance)
+    assert found["share"] == found["pixels"] / len(distance)
+
+    file = study.labels_folder / "labels.safetensors"
+    tensors = {name: np.array(tensor) for name, tensor in artefacts.read_tensors(file).items()}
+    tensors["depth"][room.test] += 50
+    artefacts.write_tensors(file, tensors)
+    (study.run_folder("cnn-scratch") / "metrics.json").unlink()
+    assert classroom.Classroom(study).teach("cnn-scratch")["where_shown"] == {"share": 0.0}
 
 
 def test_labels_of_other_frames_are_not_taken(scene, tmp_path, monkeypatch):

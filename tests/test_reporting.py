@@ -104,7 +104,8 @@ def test_table_has_the_arms_proper_best_first(rows):
 
 
 def test_two_runs_beside_each_other_by_their_means():
-    first, second = {"a": {"0": 0.1, "1": 0.3}, "b": {"0": 1.0}, "c": {"0": 1.0}}, {"b": {"0": 0.02}, "a": {"0": 0.1}}
+    first = {"a": {"0": 0.1, "1": 0.3}, "b": {"0": 1.0}, "c": {"0": 1.0}, "d": {"0": 1.0}}
+    second = {"b": {"0": 0.02}, "a": {"1": 0.1, "0": 0.1, "2": 9.0}, "d": {"1": 1.0}}
     names, _, *lines = cells(reporting.beside(first, second, ("old", "new")))
     assert names == ["student", "old", "new", "new / old"]
     assert lines == [["b", "1.0000", "0.0200", "0.02"], ["a", "0.2000", "0.1000", "0.50"]]

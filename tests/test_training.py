@@ -150,12 +150,18 @@ def test_every_arm_and_seed_has_a_plan_of_its_own():
 @pytest.mark.parametrize("arm", ARMS.values(), ids=lambda arm: arm.name)
 def test_plans_follow_the_arm(arm):
     preset, plan = Study().preset, training.plan_for(Study(), arm)
-    recipe = RECIPES["frozen" if arm.start == "frozen" else arm.backbone]
-    if arm.start == "scratch":
-        recipe = RECIPES.get(f"{arm.backbone}-scratch", recipe)
-    assert plan.recipe == replace(recipe, loss=arm.loss or recipe.loss)
+    names = [name for name, recipe in RECIPES.items() if replace(recipe, loss=plan.recipe.loss) == plan.recipe]
+    assert ("frozen" if arm.start == "frozen" else arm.backbone) in {name.removesuffix("-scratch") for name in names}
+    assert plan.recipe.loss == (arm.loss or RECIPES[names[0]].loss)
     assert plan.steps == round(arm.budget * preset.steps) and plan.batch == preset.batch
     assert plan.augmentation == (None if arm.name.startswith("original") else preset.augmentation)
+
+
+def test_weights_from_scratch_have_rates_of_their_own():
+    rates = {arm: training.plan_for(Study(), ARMS[arm]).recipe.learning_rate for arm in ARMS}
+    assert (rates["mobilenet-scratch"], rates["mobilenet-unfrozen"], rates["mobilenet-frozen"]) == (6e-3, 2e-3, 5e-3)
+    assert (rates["vit16-scratch"], rates["vit64-unfrozen"], rates["vit16-long"]) == (4e-3, 2e-3, 2e-3)
+    assert rates["anchornet-scratch"] == rates["anchornet-long"] == 6e-3
 
 
 def test_budget_in_seconds_follows_the_arm():
