@@ -51,7 +51,7 @@ class Classroom:
                                              self.labels.digest, self.weights, stages.Bar(name, ""))  # fmt: skip
         if training.RANK > 0:
             return None
-        settings = {"student": manifest["settings"], "preset": study.describe()}
+        settings = {"student": manifest["settings"], "preset": study.describe(), "measured_by": evaluation.VERSION}
         if not artefacts.manifest_matches(folder / "metrics.json", settings):
             artefacts.discard(folder / "metrics.json")
             evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
@@ -78,6 +78,7 @@ class Classroom:
             "weights_note": manifest["settings"]["weights"],
             "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
             "where_shown": self._errors_where_shown(points),
+            "on_rays": self._errors_on_rays(points, located.get("poses")),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
             "mean_point": self.baseline,
             "localisation": {name: located[name] for name in localisation.FIGURES if located},
@@ -98,6 +99,16 @@ class Classroom:
         mask = valid & self.shown
         errors = evaluation.point_errors(points, self.labels.points[self.test], mask) if mask.any() else {}
         return {"share": float(mask.sum() / valid.sum()), **errors}
+
+    def _errors_on_rays(self, points, poses):
+        """Against labels and depth, once the points lie on the rays of the cameras that they place there."""
+        if poses is None:
+            return {}
+        moved, test = localisation.on_rays(points, poses, self.frames.intrinsics), self.test
+        errors = evaluation.point_errors(moved, self.labels.points[test], self.labels.valid[test])
+        to_depth = evaluation.point_errors(moved, self.truth[test], self.measured[test])
+        return {f"{of}{name}": figures[name] for of, figures in (("", errors), ("depth_", to_depth))
+                for name in ("mse", "median")}  # fmt: skip
 
     @cached_property
     def shown(self):
@@ -127,13 +138,15 @@ class Classroom:
         """How well world points ``(N, H, W, 3)`` locate the test frames' cameras; see ``localisation.pose_errors``.
 
         ``masks (N, H, W)`` are True where there is a point, ``log_scales (N, H, W)`` the logarithms of the points'
-        uncertainty in metres. Figures are NaN, and it says so, where PoseLib is not installed.
+        uncertainty in metres. The ``poses (N, 4, 4)`` come along. Figures are NaN, and it says so, where PoseLib is not
+        installed.
         """
         if not localisation.available():
             print("PoseLib is not installed: cameras are not located")
             return dict.fromkeys((*localisation.FIGURES, "milliseconds"), np.nan)
         poses, milliseconds = localisation.locate_all(points, self.frames.intrinsics, masks, log_scales)
-        return {**localisation.pose_errors(poses, self.frames.poses[self.test]), "milliseconds": milliseconds}
+        errors = localisation.pose_errors(poses, self.frames.poses[self.test])
+        return {**errors, "milliseconds": milliseconds, "poses": poses}
 
     def predictions(self, name, with_scale=False):
         """World points ``(N, H, W, 3)`` that a trained arm predicts for the test frames, and its uncertainty."""

@@ -1,13 +1,15 @@
-"""Where a camera stands, from the world points that a student predicts for its image: PnP inside LO-RANSAC (PoseLib).
+"""Where a camera stands, from the world points that a student predicts for its image, and what that says of the points.
 
 The paper's open question: can the students localise? Each pixel and its predicted point are one correspondence; three
-give a pose (P3P), many vote for the best one, and all that agree refine it.
+give a pose (P3P), many vote for the best one (PnP inside LO-RANSAC: PoseLib), and all move it to where their rays pass
+nearest to their points (``settle``). Every pixel's point then lies on a known ray (``on_rays``).
 """
 
 import importlib.util
 import time
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from kdutils import geometry
 from kdutils.parallel import in_threads
@@ -16,6 +18,8 @@ MOST_POINTS = 2000  # correspondences of one image
 CERTAIN_SHARE = 0.6  # of the pixels, by the student's uncertainty
 INLIER_SHARE = 0.015  # largest reprojection error of an inlier, as a share of the focal length
 RANSAC = {"min_iterations": 100, "max_iterations": 1000, "max_prosac_iterations": 1000, "seed": 0}
+SETTLING_ROUNDS, SETTLED = 20, 1e-5  # at most; metres and radians
+TYPICAL = 0.25  # quantile of the errors from which on they count less: a minority is enough to be right
 BANDS = {"within_5cm_5deg": (0.05, 5.0), "within_2cm_2deg": (0.02, 2.0)}  # metres, degrees
 FIGURES = ("translation", "rotation", *BANDS)
 
@@ -38,9 +42,10 @@ def locate(points, intrinsics, mask=None, log_scale=None):
     """
     import poselib
 
-    pixels, chosen = _correspondences(points, mask, log_scale)
-    if len(pixels) < 4:
+    rows, columns = _correspondences(points, mask, log_scale)
+    if len(rows) < 4:
         return None
+    pixels, chosen = np.stack([columns, rows], -1) + 0.5, points[rows, columns].astype(np.float64)
     camera = {"model": "PINHOLE", "width": points.shape[1], "height": points.shape[0],
               "params": [intrinsics[0, 0], intrinsics[1, 1], intrinsics[0, 2], intrinsics[1, 2]]}  # fmt: skip
     threshold = INLIER_SHARE * intrinsics[0, 0]
@@ -55,8 +60,57 @@ def locate(points, intrinsics, mask=None, log_scale=None):
     return np.linalg.inv(world_to_camera)
 
 
+def settle(pose, points, intrinsics, mask=None, log_scale=None):
+    """The camera-to-world pose near ``pose`` whose rays pass nearest to the points; arguments as in ``locate``.
+
+    A point that is off by as much in all directions is likeliest under the pose that makes its distance from its ray
+    small in metres (the object-space error of Lu, Hager, Mjolsness, PAMI 2000), where PnP counts pixels, of which near
+    points have more. Weighted by the points' uncertainty, all pixels count, the far-off ones less (Cauchy).
+    """
+    rows, columns = _correspondences(points, mask)
+    chosen, pose = points[rows, columns].astype(np.float64), pose.copy()
+    rays = _unit(geometry.pixel_rays(intrinsics, *points.shape[:2])[rows, columns])
+    precision = 1.0 if log_scale is None else np.exp(-2 * log_scale[rows, columns].astype(np.float64))
+    for _ in range(SETTLING_ROUNDS):  # Gauss-Newton with the weights of the round before
+        along = rays @ pose[:3, :3].T
+        seen = chosen - pose[:3, 3]
+        depth = (seen * along).sum(-1, keepdims=True)
+        off = seen - depth * along
+        error = precision * (off**2).sum(-1)
+        weight = precision / (1 + error / max(np.quantile(error, TYPICAL), 1e-12))
+        across = along[:, :, None] * along[:, None] - np.eye(3)  # what moving the camera does to ``off``
+        turning = depth[..., None] * np.cross(along[:, None], np.eye(3)).swapaxes(1, 2)  # what turning it does
+        slope = np.concatenate([across, turning], -1).reshape(-1, 6)
+        pull = slope.T * weight.repeat(3)
+        step = np.linalg.lstsq(pull @ slope, -pull @ off.ravel())[0]
+        pose[:3, 3] += step[:3]
+        pose[:3, :3] = Rotation.from_rotvec(step[3:]).as_matrix() @ pose[:3, :3]
+        if np.abs(step).max() < SETTLED:
+            break
+    return pose
+
+
+def on_rays(points, poses, intrinsics):
+    """Points ``(N, H, W, 3)`` moved to the nearest places on their pixels' rays from cameras at ``poses (N, 4, 4)``.
+
+    As a point lies on its pixel's ray, this takes away what errs across it, under the right pose two thirds of an error
+    that is alike in all directions. Images without a pose (NaN) stay as they are. ``intrinsics (3, 3)``.
+    """
+    moved = points.copy()
+    rays = _unit(geometry.pixel_rays(intrinsics, *points.shape[1:3]))
+    for number in np.flatnonzero(np.isfinite(poses).all((1, 2))):
+        along, centre = rays @ poses[number, :3, :3].T, poses[number, :3, 3]
+        depth = ((points[number] - centre) * along).sum(-1, keepdims=True)
+        moved[number] = centre + np.maximum(depth, 0) * along
+    return moved
+
+
+def _unit(vectors):
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
 def locate_all(points, intrinsics, masks=None, log_scales=None):
-    """``locate`` for images ``(N, H, W, 3)``: poses ``(N, 4, 4)``, NaN where there is none, and milliseconds an image.
+    """Settled poses ``(N, 4, 4)`` of images ``(N, H, W, 3)``, NaN where there is none, and milliseconds an image.
 
     ``intrinsics`` are ``(3, 3)`` or ``(N, 3, 3)``.
     """
@@ -64,9 +118,10 @@ def locate_all(points, intrinsics, masks=None, log_scales=None):
 
     def place(number):
         started = time.perf_counter()
-        mask = None if masks is None else masks[number]
-        pose = locate(points[number], intrinsics[number], mask, None if log_scales is None else log_scales[number])
-        poses[number] = np.nan if pose is None else pose
+        mask, log_scale = (None if each is None else each[number] for each in (masks, log_scales))
+        pose = locate(points[number], intrinsics[number], mask, log_scale)
+        if pose is not None:
+            poses[number] = settle(pose, points[number], intrinsics[number], mask, log_scale)
         return time.perf_counter() - started
 
     seconds = sum(in_threads(place, range(len(points))))
@@ -87,14 +142,12 @@ def pose_errors(poses, truth):
     return dict(zip(FIGURES, map(float, (np.median(translation), np.median(rotation), *shares))))
 
 
-def _correspondences(points, mask, log_scale):
-    """Pixel centres ``(M, 2)`` and points ``(M, 3)``, thinned evenly, the surest first."""
-    height, width = points.shape[:2]
+def _correspondences(points, mask=None, log_scale=None):
+    """Rows and columns of pixels that have a point, thinned evenly; by their uncertainty the surest alone, in order."""
     rows, columns = np.nonzero(np.isfinite(points).all(-1) & (True if mask is None else mask))
     if log_scale is None:
         chosen = np.linspace(0, len(rows) - 1, min(len(rows), MOST_POINTS)).astype(int)
     else:
         surest = np.argsort(log_scale[rows, columns], kind="stable")[: max(4, int(CERTAIN_SHARE * len(rows)))]
         chosen = surest[np.linspace(0, len(surest) - 1, min(len(surest), MOST_POINTS)).astype(int)]
-    rows, columns = rows[chosen], columns[chosen]
-    return np.stack([columns, rows], -1) + 0.5, points[rows, columns].astype(np.float64)
+    return rows[chosen], columns[chosen]

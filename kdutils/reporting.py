@@ -16,12 +16,12 @@ from kdutils.training import plan_for
 PAPER = {"kitchen": 0.0011, "office": 0.0012}  # test MSE of the paper's best student (ViT), arXiv 2412.02039
 COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_point_mse", "rmse", "median", "p90",
            "within_5cm", "within_10cm", "shown_share", "shown_mse", "depth_mse", "depth_rmse", "depth_median",
-           "depth_p90", "depth_within_5cm", "depth_within_10cm", "localised_translation", "localised_rotation",
-           "localised_within_5cm_5deg", "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch",
-           "parameters", "megabytes", "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second",
-           "machine")  # fmt: skip
-TABLE = ("scene", "student", "MSE m²", "median cm", "within 10 cm", "to depth cm", "camera cm", "within 5 cm, 5°",
-         "MB", "ms", "trained s")  # fmt: skip
+           "depth_p90", "depth_within_5cm", "depth_within_10cm", "rays_mse", "rays_median", "rays_depth_mse",
+           "rays_depth_median", "localised_translation", "localised_rotation", "localised_within_5cm_5deg",
+           "localised_within_2cm_2deg", "localised_milliseconds", "loss", "steps", "batch", "parameters", "megabytes",
+           "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second", "machine")  # fmt: skip
+TABLE = ("scene", "student", "MSE m²", "on rays m²", "median cm", "within 10 cm", "to depth cm", "camera cm",
+         "within 5 cm, 5°", "MB", "ms", "trained s")  # fmt: skip
 BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "within 5 cm, 5°", "trained s"))
 
 
@@ -104,10 +104,10 @@ def table(rows, with_paper=False, columns=TABLE):
     for scene in dict.fromkeys(row["scene"] for row in rows):
         ranked = sorted((row for row in rows if row["scene"] == scene), key=lambda row: row["mse"])
         lines += [_cells(row) for row in ranked]
-        lines.append([scene, "*mean point*", f"{ranked[0]['mean_point_mse']:.4f}", *[""] * 8])
+        lines.append([scene, "*mean point*", f"{ranked[0]['mean_point_mse']:.4f}", *[""] * 9])
     if with_paper:
         paper = "*best ViT, teacher DUSt3R*"
-        lines += [[f"*paper, {kind}s*", paper, f"{mse}", *[""] * 8] for kind, mse in PAPER.items()]
+        lines += [[f"*paper, {kind}s*", paper, f"{mse}", *[""] * 9] for kind, mse in PAPER.items()]
     return markdown(columns, [[line[TABLE.index(name)] for name in columns] for line in lines])
 
 
@@ -118,12 +118,12 @@ def camera_table(rows):
     """
     taught = list(dict.fromkeys((row["scene"], row["teacher"]) for row in rows))
     ranked = sorted(rows, key=lambda row: (taught.index((row["scene"], row["teacher"])), row["mse"]))
-    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "where shown", "median cm",
+    names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "where shown", "on rays", "median cm",
              "to depth m²", "to depth cm", "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
     lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
               f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", _metres2(row.get("shown_mse")),
-              f"{100 * row['median']:.1f}", f"{row['depth_mse']:.4f}", f"{100 * row['depth_median']:.1f}",
-              *place_cells(located(row))[:4]]
+              _metres2(row.get("rays_mse")), f"{100 * row['median']:.1f}", f"{row['depth_mse']:.4f}",
+              f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
              for row in ranked]  # fmt: skip
     return markdown(names, lines)
 
@@ -156,8 +156,9 @@ def claims_table(found):
 
 
 def _cells(row):
-    return [row["scene"], row["label"], f"{row['mse']:.4f}", f"{100 * row['median']:.1f}", f"{row['within_10cm']:.1%}",
-            f"{100 * row['depth_median']:.1f}", f"{100 * row['localised_translation']:.0f}",
+    return [row["scene"], row["label"], f"{row['mse']:.4f}", _metres2(row.get("rays_mse")),
+            f"{100 * row['median']:.1f}", f"{row['within_10cm']:.1%}", f"{100 * row['depth_median']:.1f}",
+            f"{100 * row['localised_translation']:.0f}",
             f"{row['localised_within_5cm_5deg']:.0%}", f"{row['megabytes']:.1f}", f"{row['latency_ms']:.1f}",
             f"{row['train_seconds']:.0f}"]  # fmt: skip
 
@@ -359,8 +360,9 @@ def _row(metrics):
     label = metrics["arm"] + (" (random weights)" if unpretrained else "")
     baseline = metrics["mean_point"]["mse"]
     localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}
+    rays = {f"rays_{name}": value for name, value in metrics["on_rays"].items()}
     return {**first, "label": label, "unpretrained": unpretrained, **own, **shown, "mean_point_mse": baseline,
-            **depth, **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
+            **depth, **rays, **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
 
 
 def _short(value):

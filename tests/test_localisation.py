@@ -110,6 +110,99 @@ def test_points_are_left_as_they_were(world):
     assert not log_scale.any()
 
 
+# The pose whose rays pass nearest, and the points on them
+
+
+def test_a_pose_nearby_settles_at_the_true_one(world):
+    for points, truth, start in zip(world.points, world.poses, moved(world.poses, 0.1, 5)):
+        metres, degrees = apart(localisation.settle(start, points, world.intrinsics), truth)
+        assert metres < 1e-4 and degrees < 0.01
+
+
+def test_settling_makes_the_distance_from_the_rays_least(world):
+    points, pose = spoiled(world.points[1], 0, 0.1)[0], world.poses[1]
+    settled = localisation.settle(pose, points, world.intrinsics)
+    assert apart(settled, pose)[0] > 1e-3
+
+    def cost(pose):
+        """Cauchy's, with the scale of the settled pose."""
+        squared = [((localisation.on_rays(points[None], one[None], world.intrinsics)[0] - points) ** 2).sum(-1)
+                   for one in (settled, pose)]  # fmt: skip
+        return np.log1p(squared[1] / np.quantile(squared[0], localisation.TYPICAL)).mean()
+
+    others = [moved(settled[None], metres, degrees)[0] for metres, degrees in ((0.02, 0), (-0.02, 0), (0, 1), (0, -1))]
+    assert cost(settled) < min(map(cost, (pose, *others)))
+
+
+def test_settled_poses_are_nearer_than_those_by_reprojection(world):
+    errors = {"by reprojection": [], "settled": []}
+    for seed in range(20):
+        points, truth = spoiled(world.points[seed % 5], 0.1, 0.1, seed)[0], world.poses[seed % 5]
+        pose = localisation.locate(points, world.intrinsics)
+        errors["by reprojection"].append(apart(pose, truth)[0])
+        errors["settled"].append(apart(localisation.settle(pose, points, world.intrinsics), truth)[0])
+    assert np.median(errors["settled"]) < 0.5 * np.median(errors["by reprojection"])
+
+
+def test_settling_trusts_the_points_that_are_sure(world):
+    rng, errors = np.random.default_rng(0), {"alike": [], "weighted": []}
+    for number, (points, truth) in enumerate(zip(world.points, world.poses)):
+        scale = np.where(rng.random(SIZE) < 0.15, 0.02, 0.3)
+        noisy = points + scale[..., None] * rng.normal(size=points.shape)
+        for name, log_scale in (("alike", None), ("weighted", np.log(scale))):
+            settled = localisation.settle(world.poses[number], noisy, world.intrinsics, log_scale=log_scale)
+            errors[name].append(apart(settled, truth)[0])
+    assert np.mean(errors["weighted"]) < 0.5 * np.mean(errors["alike"])
+
+
+def test_settling_leaves_masked_pixels_and_its_arguments_alone(world):
+    points, outliers = spoiled(world.points[2], 0.9, seed=1)
+    points[0, 0], start = np.nan, moved(world.poses, 0.05, 2)[2]
+    given = points.copy(), start.copy(), ~outliers
+    assert max(apart(localisation.settle(start, points, world.intrinsics, ~outliers), world.poses[2])) < 0.01
+    for kept, now in zip(given, (points, start, ~outliers)):
+        assert_array_equal(kept, now)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_points_on_their_rays_stay(world, dtype):
+    points = world.points.astype(dtype)
+    found = localisation.on_rays(points, world.poses, world.intrinsics)
+    assert found.dtype == dtype and found is not points
+    assert_allclose(found, points, atol=1e-5)
+
+
+@given(st.integers(0, 4), st.floats(0.01, 0.3), st.integers(0, 99))
+def test_on_the_true_rays_a_third_of_the_squared_error_is_left(world, number, noise, seed):
+    points = spoiled(world.points[number], 0, noise, seed)[0]
+    found = localisation.on_rays(points[None], world.poses[[number]], world.intrinsics)[0]
+    before, after = (((said - world.points[number]) ** 2).sum(-1) for said in (points, found))
+    assert after.sum() / before.sum() == pytest.approx(1 / 3, rel=0.08)
+    assert (after <= before + 1e-12).all()
+
+
+@given(st.integers(0, 4), st.floats(0.01, 0.2), st.integers(0, 99))
+def test_rays_of_the_camera_that_the_points_place_do_nearly_as_well(world, number, noise, seed):
+    points = spoiled(world.points[number], 0, noise, seed)[0]
+    poses, _ = localisation.locate_all(points[None], world.intrinsics)
+    found = localisation.on_rays(points[None], poses, world.intrinsics)[0]
+    before, after = (((said - world.points[number]) ** 2).sum() for said in (points, found))
+    assert after / before == pytest.approx(1 / 3, rel=0.15)
+
+
+def test_no_point_gets_behind_its_camera(world):
+    behind = 2 * world.poses[:, None, None, :3, 3] - world.points
+    found = localisation.on_rays(behind, world.poses, world.intrinsics)
+    assert_allclose(found, np.broadcast_to(world.poses[:, None, None, :3, 3], found.shape), atol=1e-9)
+
+
+def test_images_without_a_pose_keep_their_points(world):
+    poses, noisy = world.poses.copy(), spoiled(world.points, 0, 0.1)[0]
+    poses[[1, 3]] = np.nan
+    found = localisation.on_rays(noisy, poses, world.intrinsics)
+    assert [np.array_equal(*both) for both in zip(found, noisy)] == [False, True, False, True, False]
+
+
 # Where there is no answer
 
 
@@ -166,8 +259,9 @@ def test_points_that_tell_no_pose_break_nothing(world, kind, with_scale):
     scale = np.zeros(SIZE) if with_scale else None
     found = localisation.locate(DEGENERATE[kind], world.intrinsics, log_scale=scale)
     if found is not None:
-        assert found.shape == (4, 4) and np.isfinite(found).all()
-        assert_allclose(found[:3, :3] @ found[:3, :3].T, np.eye(3), atol=1e-6)
+        for pose in (found, localisation.settle(found, DEGENERATE[kind], world.intrinsics, log_scale=scale)):
+            assert pose.shape == (4, 4) and np.isfinite(pose).all()
+            assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-6)
 
 
 def test_all_images_at_once(world):
@@ -186,7 +280,7 @@ def test_all_images_at_once(world):
 def test_each_image_has_its_own_intrinsics_mask_and_uncertainty(world):
     other = world.intrinsics * [[1.5, 1, 1], [1, 1, 1], [1, 1, 1]]
     intrinsics = np.stack([world.intrinsics, other, world.intrinsics, world.intrinsics])
-    points, outliers = spoiled(world.points[0], 0.9)
+    points, outliers = spoiled(world.points[0], 0.7)
     masks, scales = np.ones((4, *SIZE), bool), np.zeros((4, *SIZE))
     masks[2], scales[3] = ~outliers, np.where(outliers, 1.0, -1.0)
     poses, _ = localisation.locate_all(np.stack([world.points[0]] * 2 + [points] * 2), intrinsics, masks, scales)

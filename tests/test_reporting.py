@@ -18,6 +18,7 @@ def metrics(arm, mse, weights="random", seed=0):
         "scene": "kitchen", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": arm, "weights": weights,
         "weights_note": "", "against_teacher": against, "against_depth": {**against, "mse": 2 * mse},
         "where_shown": {"share": 0.9, **against, "mse": mse / 2},
+        "on_rays": {"mse": mse / 4, "median": 0.2, "depth_mse": mse, "depth_median": 0.22},
         "mean_point": {**against, "mse": 1.0}, "size": {"parameters": 7, "megabytes": 28e-6, "half_megabytes": 14e-6},
         "localisation": {"translation": 0.07, "rotation": 2.5, "within_5cm_5deg": 0.3, "within_2cm_2deg": 0.1},
         "training": {"steps": round(200 * ARMS[arm].budget), "batch": 8, "loss": ARMS[arm].loss or "mse"},
@@ -39,7 +40,7 @@ def rows(tmp_path, monkeypatch):
     for arm, mse in MEASURED.items():
         found = metrics(arm, mse, "shipped" if arm.startswith(("mobilenet", "anchornet")) else "random")
         if arm in ABLATION_ARMS:  # whose cameras are not looked for
-            found["localisation"] = {}
+            found["localisation"] = found["on_rays"] = {}
             del found["timing"]["localised_milliseconds"]
         path = study.run_folder(arm) / "metrics.json"
         path.parent.mkdir(parents=True)
@@ -51,6 +52,7 @@ def test_collected_rows_follow_the_arms(rows):
     assert [row["arm"] for row in rows] == [arm for arm in ARMS if arm in MEASURED]
     assert rows[0]["mse"] == 0.123456789 and rows[0]["depth_mse"] == 2 * 0.123456789
     assert rows[0]["shown_mse"] == 0.123456789 / 2 and rows[0]["shown_share"] == 0.9
+    assert rows[0]["rays_mse"] == 0.123456789 / 4 and rows[0]["rays_depth_median"] == 0.22
     assert rows[0]["mean_point_mse"] == 1 and rows[0]["latency_ms"] == 1 / 3 and rows[0]["parameters"] == 7
     assert rows[0]["localised_rotation"] == 2.5 and rows[0]["train_images_per_second"] == 800
     assert reporting.located(rows[0]) == {**metrics("cnn-scratch", 1)["localisation"], "milliseconds": 6.0}
@@ -101,6 +103,7 @@ def test_table_has_the_arms_proper_best_first(rows):
     assert lines[0][names.index("within 5 cm, 5°")] == "30%" and lines[-1][names.index("MSE m²")] == "1.0000"
     with_paper = cells(reporting.table(rows, with_paper=True))
     assert len(with_paper) == len(lines) + 4 and with_paper[-1][2] == "0.0012"
+    assert lines[0][names.index("on rays m²")] == "0.0125" and lines[-1][names.index("on rays m²")] == ""
 
 
 def test_two_runs_beside_each_other_by_their_means():
@@ -117,17 +120,17 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
     assert [other[:3:2] for other in others] == [["kitchen", "cnn-scratch"], ["office", "anchornet-long"]]
     assert dict(zip(names, line, strict=True)) == {
         "scene": "kitchen", "teacher": "depth", "student": "anchornet-long", "minutes": "0",
-        "images seen": "12,800", "MSE m²": "0.0500", "where shown": "0.0250", "median cm": "25.0",
-        "to depth m²": "0.1000",
-        "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
+        "images seen": "12,800", "MSE m²": "0.0500", "where shown": "0.0250", "on rays": "0.0125", "median cm": "25.0",
+        "to depth m²": "0.1000", "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
         "within 5 cm, 5°": "30%", "within 2 cm, 2°": "10%",
     }  # fmt: skip
 
 
 def test_camera_table_leaves_out_what_was_not_measured(rows):
-    old = {name: value for name, value in rows[0].items() if name != "shown_mse"}
-    names, _, line, other = cells(reporting.camera_table([old, {**rows[1], "shown_mse": None}]))
-    assert line[names.index("where shown")] == other[names.index("where shown")] == ""
+    missing = ("shown_mse", "rays_mse")
+    old = {name: value for name, value in rows[0].items() if name not in missing}
+    names, _, *lines = cells(reporting.camera_table([old, {**rows[1], **dict.fromkeys(missing)}]))
+    assert {line[names.index(name)] for line in lines for name in ("where shown", "on rays")} == {""}
 
 
 def test_the_control_compares_what_both_teachers_taught(rows):
