@@ -19,7 +19,7 @@ CERTAIN_SHARE = 0.6  # of the pixels, by the student's uncertainty
 INLIER_SHARE = 0.015  # largest reprojection error of an inlier, as a share of the focal length
 RANSAC = {"min_iterations": 100, "max_iterations": 1000, "max_prosac_iterations": 1000, "seed": 0}
 SETTLING_ROUNDS, SETTLED = 20, 1e-4  # at most; metres and radians
-TYPICAL = 0.25  # quantile of the errors from which on they count less: a minority is enough to be right
+TYPICAL = 0.25  # quantile of the squared distances from the rays from which on points count less
 BANDS = {"within_5cm_5deg": (0.05, 5.0), "within_2cm_2deg": (0.02, 2.0)}  # metres, degrees
 FIGURES = ("translation", "rotation", *BANDS)
 
@@ -61,11 +61,16 @@ def locate(points, intrinsics, mask=None, log_scale=None):
 
 
 def settle(pose, points, intrinsics, mask=None, log_scale=None):
-    """The camera-to-world pose near ``pose`` whose rays pass nearest to the points; arguments as in ``locate``.
+    """The pose near ``pose`` whose rays pass nearest to the points.
 
     A point that is off by as much in all directions is likeliest under the pose that makes its distance from its ray
-    small in metres (the object-space error of Lu, Hager, Mjolsness, PAMI 2000), where PnP counts pixels, of which near
-    points have more. Weighted by the points' uncertainty, all pixels count, the far-off ones less (Cauchy).
+    small in metres (the object-space error of Lu, Hager, Mjolsness, PAMI 2000). PnP counts pixels, and the same error
+    is more pixels at a near point. Points far off their rays count less (Cauchy); it takes a majority that is right.
+
+    Args:
+        pose: ``(4, 4)`` camera-to-world, as from ``locate``. points: ``(H, W, 3)``, world, metres; ``MOST_POINTS`` of
+            them count, spread evenly over the image. intrinsics, mask: as in ``locate``.
+        log_scale: ``(H, W)`` logarithm of the points' uncertainty: each counts by the inverse of its square.
     """
     rows, columns = _correspondences(points, mask)
     chosen, pose = points[rows, columns].astype(np.float64), pose.copy()
@@ -91,14 +96,18 @@ def settle(pose, points, intrinsics, mask=None, log_scale=None):
 
 
 def on_rays(points, poses, intrinsics):
-    """Points ``(N, H, W, 3)`` moved to the nearest places on their pixels' rays from cameras at ``poses (N, 4, 4)``.
+    """Points moved to the nearest places on their pixels' rays.
 
-    As a point lies on its pixel's ray, this takes away what errs across it, under the right pose two thirds of an error
-    that is alike in all directions. Images without a pose (NaN) stay as they are. ``intrinsics (3, 3)``.
+    A point lies on its pixel's ray, so this takes away its error across the ray: under the right pose two thirds of a
+    squared error that is alike in all directions.
+
+    Args:
+        points: ``(N, H, W, 3)``, world, metres. poses: ``(N, 4, 4)`` camera-to-world; images without one (NaN) stay as
+            they are. intrinsics: ``(3, 3)`` or ``(N, 3, 3)``.
     """
-    moved = points.copy()
-    rays = _unit(geometry.pixel_rays(intrinsics, *points.shape[1:3]))
+    moved, intrinsics = points.copy(), np.broadcast_to(intrinsics, (len(points), 3, 3))
     for number in np.flatnonzero(np.isfinite(poses).all((1, 2))):
+        rays = _unit(geometry.pixel_rays(intrinsics[number], *points.shape[1:3]))
         along, centre = rays @ poses[number, :3, :3].T, poses[number, :3, 3]
         depth = ((points[number] - centre) * along).sum(-1, keepdims=True)
         moved[number] = centre + np.maximum(depth, 0) * along

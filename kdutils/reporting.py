@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdutils import artefacts
+from kdutils import artefacts, evaluation
 from kdutils.settings import ABLATION_ARMS, ARMS, ORIGINAL_ARMS, PAPER_ARMS, RECIPES, STARTS, Study
 from kdutils.training import plan_for
 
@@ -34,13 +34,14 @@ def paper_mse(scene):
 def collect(study):
     """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``.
 
-    A student that learned by another plan than the study's does not count.
+    A student that learned by another plan than the study's, or was measured by an earlier version, does not count.
     """
     paths = {arm: study.run_folder(arm) / "metrics.json" for arm in ARMS}
     found = {arm: artefacts.read_json(path) for arm, path in paths.items() if path.exists()}
     plans = {arm: artefacts.digest(asdict(plan_for(study, ARMS[arm]))) for arm in found}
     return [_row(metrics) for arm, metrics in found.items()
-            if artefacts.digest(metrics["settings"]["student"]["plan"]) == plans[arm]]  # fmt: skip
+            if artefacts.digest(metrics["settings"]["student"]["plan"]) == plans[arm]
+            and metrics["settings"].get("measured_by") == evaluation.VERSION]  # fmt: skip
 
 
 def over_seeds(study):

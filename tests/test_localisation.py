@@ -158,10 +158,20 @@ def test_settling_trusts_the_points_that_are_sure(world):
 def test_settling_leaves_masked_pixels_and_its_arguments_alone(world):
     points, outliers = spoiled(world.points[2], 0.9, seed=1)
     points[0, 0], start = np.nan, moved(world.poses, 0.05, 2)[2]
-    given = points.copy(), start.copy(), ~outliers
-    assert max(apart(localisation.settle(start, points, world.intrinsics, ~outliers), world.poses[2])) < 0.01
-    for kept, now in zip(given, (points, start, ~outliers)):
-        assert_array_equal(kept, now)
+    given = start, points, world.intrinsics, ~outliers, np.where(outliers, 0.0, -1.0)
+    kept = [each.copy() for each in given]
+    assert max(apart(localisation.settle(*given), world.poses[2])) < 0.01
+    for before, now in zip(kept, given):
+        assert_array_equal(before, now)
+
+
+@pytest.mark.parametrize("with_scale", [False, True])
+def test_settled_poses_bear_outliers(world, with_scale):
+    points, outliers = spoiled(world.points, 0.4, 0.02)
+    scales = np.where(outliers, 0.0, -3.0) if with_scale else None
+    for found, truth in zip(localisation.locate_all(points, world.intrinsics, log_scales=scales)[0], world.poses):
+        metres, degrees = apart(found, truth)
+        assert metres < 0.03 and degrees < 1
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
@@ -188,6 +198,13 @@ def test_rays_of_the_camera_that_the_points_place_do_nearly_as_well(world, numbe
     found = localisation.on_rays(points[None], poses, world.intrinsics)[0]
     before, after = (((said - world.points[number]) ** 2).sum() for said in (points, found))
     assert after / before == pytest.approx(1 / 3, rel=0.15)
+
+
+def test_each_image_has_its_own_rays(world):
+    wider = np.stack([world.intrinsics] * 4 + [world.intrinsics * [[0.5, 1, 1], [1, 1, 1], [1, 1, 1]]])
+    found = localisation.on_rays(world.points, world.poses, wider)
+    assert_allclose(found[:4], world.points[:4], atol=1e-9)
+    assert np.abs(found[4] - world.points[4]).max() > 0.1
 
 
 def test_no_point_gets_behind_its_camera(world):
@@ -280,7 +297,7 @@ def test_all_images_at_once(world):
 def test_each_image_has_its_own_intrinsics_mask_and_uncertainty(world):
     other = world.intrinsics * [[1.5, 1, 1], [1, 1, 1], [1, 1, 1]]
     intrinsics = np.stack([world.intrinsics, other, world.intrinsics, world.intrinsics])
-    points, outliers = spoiled(world.points[0], 0.7)
+    points, outliers = spoiled(world.points[0], 0.7)  # of nine in ten ``settle`` is no longer sure
     masks, scales = np.ones((4, *SIZE), bool), np.zeros((4, *SIZE))
     masks[2], scales[3] = ~outliers, np.where(outliers, 1.0, -1.0)
     poses, _ = localisation.locate_all(np.stack([world.points[0]] * 2 + [points] * 2), intrinsics, masks, scales)

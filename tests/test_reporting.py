@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from numpy.testing import assert_allclose
 
-from kdutils import artefacts, reporting, training
+from kdutils import artefacts, evaluation, reporting, training
 from kdutils.settings import ABLATION_ARMS, ARMS, PAPER_ARMS, Study
 
 
@@ -24,7 +24,7 @@ def metrics(arm, mse, weights="random", seed=0):
         "training": {"steps": round(200 * ARMS[arm].budget), "batch": 8, "loss": ARMS[arm].loss or "mse"},
         "timing": {"latency_ms": 1 / 3, "localised_milliseconds": 6.0, "train_seconds": 2.0,
                    "train_images_per_second": 800.0},
-        "machine": "a machine", "settings": {"student": {"plan": asdict(plan)}},
+        "machine": "a machine", "settings": {"student": {"plan": asdict(plan)}, "measured_by": evaluation.VERSION},
     }  # fmt: skip
 
 
@@ -58,10 +58,14 @@ def test_collected_rows_follow_the_arms(rows):
     assert reporting.located(rows[0]) == {**metrics("cnn-scratch", 1)["localisation"], "milliseconds": 6.0}
 
 
-def test_what_learned_by_another_plan_does_not_count(rows):
+@pytest.mark.parametrize("is_old", [False, True])
+def test_what_learned_by_another_plan_or_was_measured_otherwise_does_not_count(rows, is_old):
     path = Study("kitchen", "smoke", "depth", "cpu").run_folder("cnn-scratch") / "metrics.json"
     kept = artefacts.read_json(path)
-    kept["settings"]["student"]["plan"]["steps"] += 1
+    if is_old:
+        del kept["settings"]["measured_by"], kept["on_rays"]
+    else:
+        kept["settings"]["student"]["plan"]["steps"] += 1
     artefacts.write_json(path, kept)
     assert "cnn-scratch" not in {row["arm"] for row in reporting.collect(Study("kitchen", "smoke", "depth", "cpu"))}
 
