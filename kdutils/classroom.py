@@ -66,8 +66,6 @@ class Classroom:
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
         study, test = self.study, self.test
         points, log_scale = self.predictions(name, with_scale=True)
-        if not losses.needs_uncertainty(manifest["settings"]["plan"]["recipe"]["loss"]):
-            log_scale = None  # there, but nothing taught it
         valid, measured = self.labels.valid[test], self.measured[test]
         # An ablation is asked for its error alone: finding cameras takes as long as half of its training.
         located = {} if name in ABLATION_ARMS else self.localise(points, None, log_scale)
@@ -149,9 +147,27 @@ class Classroom:
         return {**errors, "milliseconds": milliseconds, "poses": poses}
 
     def predictions(self, name, with_scale=False):
-        """World points ``(N, H, W, 3)`` that a trained arm predicts for the test frames, and its uncertainty."""
-        points, scale = evaluation.read_predictions(self.study.run_folder(name) / "predictions.safetensors")
-        return (points, scale) if with_scale else points
+        """World points ``(N, H, W, 3)`` that a trained arm predicts for the test frames.
+
+        On request the logarithm of their uncertainty comes along; None where there is none, or nothing taught it.
+        """
+        folder = self.study.run_folder(name)
+        points, log_scale = evaluation.read_predictions(folder / "predictions.safetensors")
+        if not with_scale:
+            return points
+        loss = artefacts.read_json(folder / "student.json")["settings"]["plan"]["recipe"]["loss"]
+        return points, log_scale if losses.needs_uncertainty(loss) else None
+
+    def on_rays(self, name):
+        """The same points, on the rays of the cameras that they place; see ``localisation.on_rays``."""
+        points, log_scale = self.predictions(name, with_scale=True)
+        return localisation.on_rays(points, self.localise(points, None, log_scale)["poses"], self.frames.intrinsics)
+
+    def error_maps(self, points, chosen):
+        """Distances in metres of points ``(N, H, W, 3)`` from the labels of some test frames; NaN without a label."""
+        test = self.test[chosen]
+        distance = np.linalg.norm(points[chosen] - self.labels.points[test], axis=-1)
+        return list(np.where(self.labels.valid[test], distance, np.nan))
 
 
 def side_by_side(classroom, arm, chosen):
@@ -162,26 +178,29 @@ def side_by_side(classroom, arm, chosen):
     Args:
         classroom, arm: a scene, and one of its trained arms. chosen: places among the test frames.
     """
-    test = classroom.test[chosen]
-    taught, said = classroom.labels.points[test], classroom.predictions(arm)[chosen]
-    valid = classroom.labels.valid[test]
-    error = np.where(valid, np.linalg.norm(said - taught, axis=-1), np.nan)
-    span = classroom.span
-    coordinates = figures.scene_coordinates(taught, *span, valid), figures.scene_coordinates(said, *span)
-    return [list(classroom.frames.image[test]), *map(list, coordinates), list(error)]
+    test, said, span = classroom.test[chosen], classroom.predictions(arm), classroom.span
+    taught = figures.scene_coordinates(classroom.labels.points[test], *span, classroom.labels.valid[test])
+    return [list(classroom.frames.image[test]), list(taught), list(figures.scene_coordinates(said[chosen], *span)),
+            classroom.error_maps(said, chosen)]  # fmt: skip
 
 
-def comparison(classroom, arms, most=1):
+def comparison(classroom, arms, most=1, with_rays=False):
     """Pictures of five test frames: the images, the teacher's scene coordinates, each arm's, and its error.
 
     Args:
         classroom, arms: a scene, and some of its trained arms. most: metres at which the scale of the errors ends.
+        with_rays: below each arm's error that of its points on the rays of the cameras that they place.
     """
     chosen = np.linspace(0, len(classroom.test) - 1, 5).astype(int)
-    sides = [side_by_side(classroom, arm, chosen) for arm in arms]
-    rows = sides[0][:2] + [row for *_, said, error in sides for row in (said, error)]
-    names = [name for arm in arms for name in (arm.replace("-", "\n", 1), "its error")]
-    return figures.maps(rows, ["image", "teacher", *names], "error in m", most=most)
+    rows = side_by_side(classroom, arms[0], chosen)[:2]
+    names = ["image", "teacher"]
+    for arm in arms:
+        rows += side_by_side(classroom, arm, chosen)[2:]
+        names += [arm.replace("-", "\n", 1), "its error"]
+        if with_rays:
+            rows.append(classroom.error_maps(classroom.on_rays(arm), chosen))
+            names.append("on rays")
+    return figures.maps(rows, names, "error in m", most=most)
 
 
 def keep_rows(path, study, arms):
@@ -268,7 +287,7 @@ def main(argv=None):
         if options.keep:
             keep_rows(options.keep, study, arms)
         if options.picture:
-            _keep(comparison(room, arms, most=0.2), options.picture, 75)
+            _keep(comparison(room, arms, 0.2, localisation.available()), options.picture, 75)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ def test_test_images_and_what_arms_say_of_them_are_drawn(scene, tmp_path, monkey
     for arms in (["cnn-scratch"], ["cnn-scratch", "anchornet-scratch"]):
         classroom.main([*given, "--picture", str(tmp_path / "said.png"), "--arms", *arms])
         heights.append(Image.open(tmp_path / "said.png").height)
-    assert heights[1] == pytest.approx(1.5 * heights[0], rel=0.01)  # four rows, and two for each further arm
+    assert heights[1] == pytest.approx(8 / 5 * heights[0], rel=0.01)  # two rows, and three for each arm
 
 
 def test_an_arms_budget_of_seconds_can_be_given(scene, tmp_path, monkeypatch):
