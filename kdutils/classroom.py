@@ -105,7 +105,7 @@ class Classroom:
         moved, test = localisation.on_rays(points, poses, self.frames.intrinsics), self.test
         errors = evaluation.point_errors(moved, self.labels.points[test], self.labels.valid[test])
         to_depth = evaluation.point_errors(moved, self.truth[test], self.measured[test])
-        return {f"{of}{name}": figures[name] for of, figures in (("", errors), ("depth_", to_depth))
+        return {f"{of}{name}": found[name] for of, found in (("", errors), ("depth_", to_depth))
                 for name in ("mse", "median")}  # fmt: skip
 
     @cached_property

@@ -141,6 +141,7 @@ class Checkout:
         return subprocess.Popen(
             [*before, self.root / script, *arguments], cwd=cwd, env=environment, text=True, start_new_session=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts with & ignores it
         )  # fmt: skip
 
     def run(self, *arguments, **options):
