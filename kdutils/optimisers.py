@@ -1,7 +1,5 @@
 """Which optimiser moves which weights of a student: Muon the weight matrices, AdamW all else."""
 
-from functools import partial
-
 import torch
 from timm.optim import muon
 
@@ -25,7 +23,7 @@ def choose(student, recipe):
     found = [torch.optim.AdamW(others, fused=True, **settings)] if others else []
     if matrices:
         # A setting that timm leaves to this function alone: it holds for all of the process's Muons.
-        muon.zeropower_via_newtonschulz = partial(_NEWTON_SCHULZ, dtype=_precision(matrices[0].device))
+        muon.zeropower_via_newtonschulz = _orthogonalised
         found.append(muon.Muon(matrices, nesterov=True, **settings))
     return found
 
@@ -33,6 +31,31 @@ def choose(student, recipe):
 def _is_matrix(weights):
     """Whether Muon takes it: no vector, no position embedding (1, tokens, channels), no depthwise filters."""
     return weights.ndim > 1 and min(weights.shape[:2]) > 1
+
+
+def _orthogonalised(matrix, steps, coefficients, eps, safety_factor, scale_eps):
+    """timm's Newton-Schulz iteration; in single precision by the matrix's Gram matrix, where that is less work.
+
+    Each step multiplies X by a polynomial of X X^T. These polynomials commute, so that their product can be made of the
+    first X X^T, small and square, and X is needed but once more, at the end (J. Zhang et al., *Gram Newton-Schulz*,
+    2026). Rounding is some hundred times as coarse, which half precision could not bear.
+
+    Args:
+        matrix: ``(n, m)``. The others are timm's.
+    """
+    dtype, is_tall = _precision(matrix.device), matrix.shape[-2] > matrix.shape[-1]
+    wide = matrix.mT if is_tall else matrix
+    if dtype != torch.float32 or wide.shape[-1] < 2 * wide.shape[-2] or matrix.ndim > 2 or scale_eps:
+        return _NEWTON_SCHULZ(matrix, steps, coefficients, eps, safety_factor, dtype, scale_eps)
+    wide = wide.float() / (wide.norm() * safety_factor).clamp(min=eps)
+    gram, factor, product = wide @ wide.mT, None, None
+    for a, b, c in coefficients[:steps] + coefficients[-1:] * (steps - len(coefficients)):
+        gram = gram if product is None else factor @ gram @ factor
+        factor = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal().add_(a)
+        product = factor if product is None else factor @ product
+    wide = product @ wide
+    return wide.mT if is_tall else wide
 
 
 def _precision(device):

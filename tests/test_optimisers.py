@@ -3,6 +3,7 @@
 import pytest
 import torch
 from timm.optim import Muon
+from timm.optim import muon as timm_muon
 from torch import nn
 
 from kdutils import optimisers, students
@@ -86,9 +87,9 @@ def test_a_step_of_muon_is_nearly_orthogonal_and_as_long_as_adamws(capabilities,
 def test_muon_orthogonalises_in_half_precision_only_where_that_is_fast(capabilities, expected, monkeypatch):
     asked = []
 
-    def spy(gradient, *others, dtype, **options):
+    def spy(gradient, steps, coefficients, eps, safety_factor, dtype, scale_eps):
         asked.append(dtype)
-        return newton_schulz(gradient, *others, dtype=dtype, **options)
+        return newton_schulz(gradient, steps, coefficients, eps, safety_factor, dtype, scale_eps)
 
     newton_schulz = optimisers._NEWTON_SCHULZ
     monkeypatch.setattr(optimisers, "_NEWTON_SCHULZ", spy)
@@ -98,6 +99,30 @@ def test_muon_orthogonalises_in_half_precision_only_where_that_is_fast(capabilit
     layer.weight.grad = torch.randn(32, 32)
     one.step()
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("shape", [(16, 300), (300, 16), (16, 32), (16, 16), (4, 4000)])
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("name, steps", [("original", 5), ("original", 3), ("quintic", 5)])
+def test_the_gram_matrix_gives_timms_answer_with_far_less_rounding_than_bfloat16(shape, rank, name, steps, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    torch.manual_seed(0)
+    matrix = torch.randn(shape[0], rank) @ torch.logspace(0, -3, rank).diag() @ torch.randn(rank, shape[1])
+    coefficients = timm_muon._COEFFICIENTS[name]
+    ours = optimisers._orthogonalised(matrix, steps, coefficients, 1e-7, 1.01, False)
+    exact, half = (optimisers._NEWTON_SCHULZ(matrix.double(), steps, coefficients, 1e-7, 1.01, dtype)
+                   for dtype in (torch.float64, torch.bfloat16))  # fmt: skip
+    assert (ours - exact).abs().max() < 0.1 * (half - exact).abs().max()
+
+
+def test_a_gradient_of_nothing_moves_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    layer = nn.Linear(64, 8, bias=False)
+    before = layer.weight.detach().clone()
+    (one,) = optimisers.choose(layer, Recipe(1e-3, weight_decay=0.0))
+    layer.weight.grad = torch.zeros(8, 64)
+    one.step()
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("arm", ["cnn-scratch", "mobilenet-unfrozen", "vit16-frozen", "anchornet-scratch"])
