@@ -27,7 +27,11 @@ from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, 
 
 NOTEBOOKS = REPOSITORY / "notebooks"
 SCENE_NOTEBOOKS = ("01_scenes", "02_dust3r_labels", "03_alignment", "04_cnn_students", "05_vit_students")
-SUMMARIES = {"07_compact_teacher": "compact_teacher.json", "06_results": "results.json"}  # of all scenes at once
+SUMMARIES = {  # of all scenes at once
+    "07_compact_teacher": "compact_teacher.json",
+    "06_results": "results.json",
+    "08_open_questions": "open_questions.json",
+}
 NEEDS = {
     "01_scenes": (),
     "02_dust3r_labels": ("01_scenes",),
@@ -36,6 +40,7 @@ NEEDS = {
     "05_vit_students": ("03_alignment",),
     "06_results": ("04_cnn_students", "05_vit_students"),
     "07_compact_teacher": ("01_scenes",),
+    "08_open_questions": ("04_cnn_students", "05_vit_students"),
 }
 
 
@@ -158,7 +163,8 @@ def run_all(studies, options, failures, pool):
         for study, before in places.items():
             title = f"[{before + number}/{total}] {study.scene}: {name}"
             ended[study, name] = pool.submit(attempt, title, name, study)
-    summaries = [pool.submit(summary, name, total - 1 + number) for number, name in enumerate(SUMMARIES)]
+    summaries = [pool.submit(summary, name, number)
+                 for number, name in enumerate(SUMMARIES, total - len(SUMMARIES) + 1)]  # fmt: skip
     for future in summaries:
         future.result()
     return [study for study in places if all([ended[study, name].result() for name in SCENE_NOTEBOOKS])]
@@ -177,10 +183,12 @@ def run_for_scene(title, name, study, options):
 
 
 def run_summary(title, name, studies, options):
-    """Notebook 06 or 07, once for all the scenes."""
+    """Notebook 06, 07 or 08, once for all the scenes."""
     study = studies[0]
     is_default = [s.scene for s in studies] == list(study.preset.scenes)
-    parameters = {"scene": "all" if is_default else ",".join(s.given for s in studies), **_common(study)}
+    extra = {"08_open_questions": {"weights": options.weights}}
+    parameters = {"scene": "all" if is_default else ",".join(s.given for s in studies), **_common(study),
+                  **extra.get(name, {})}  # fmt: skip
     inputs = [path for s in studies for need in NEEDS[name] for path in outputs_of(s, need)]
     folder = study.figures_folder("all" if is_default else "+".join(s.scene for s in studies))
     run_notebook(title, name, parameters, study.workspace / "runs" / "notebooks" / f"{name}.ipynb", inputs,

@@ -66,7 +66,7 @@ class Classroom:
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
         study, test = self.study, self.test
         points, log_scale = self.predictions(name, with_scale=True)
-        valid, measured = self.labels.valid[test], self.measured[test]
+        measured = self.measured[test]
         # An ablation is asked for its error alone: finding cameras takes as long as half of its training.
         located = {} if name in ABLATION_ARMS else self.localise(points, None, log_scale)
         return {
@@ -74,7 +74,7 @@ class Classroom:
             "arm": name,
             "weights": manifest["weights_origin"],
             "weights_note": manifest["settings"]["weights"],
-            "against_teacher": evaluation.point_errors(points, self.labels.points[test], valid),
+            "against_teacher": self.errors(points),
             "where_shown": self._errors_where_shown(points),
             "on_rays": self._errors_on_rays(points, located.get("poses")),
             "against_depth": evaluation.point_errors(points, self.truth[test], measured),
@@ -91,6 +91,10 @@ class Classroom:
             "machine": evaluation.machine(study.device),
         }  # fmt: skip
 
+    def errors(self, points):
+        """Of world points ``(N, H, W, 3)`` for the test frames, against the labels; see ``evaluation.point_errors``."""
+        return evaluation.point_errors(points, self.labels.points[self.test], self.labels.valid[self.test])
+
     def _errors_where_shown(self, points):
         """Against the labels in those pixels whose place some training image has a label for, and their share."""
         valid = self.labels.valid[self.test]
@@ -103,9 +107,8 @@ class Classroom:
         if poses is None:
             return {}
         moved, test = localisation.on_rays(points, poses, self.frames.intrinsics), self.test
-        errors = evaluation.point_errors(moved, self.labels.points[test], self.labels.valid[test])
         to_depth = evaluation.point_errors(moved, self.truth[test], self.measured[test])
-        return {f"{of}{name}": found[name] for of, found in (("", errors), ("depth_", to_depth))
+        return {f"{of}{name}": found[name] for of, found in (("", self.errors(moved)), ("depth_", to_depth))
                 for name in ("mse", "median")}  # fmt: skip
 
     @cached_property

@@ -248,6 +248,34 @@ def cost_against_error(rows):
     return figure
 
 
+def open_questions(pruned, learned, apart):
+    """Three panels: fewer weights, fewer training images, and images of other rooms.
+
+    Args:
+        pruned: maps arms to test MSEs in m² by the share of weights that is left out; learned: an arm's to those by the
+            number of its training images. apart: maps places to distances in cm, one an image.
+    """
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for arm, by_share in pruned.items():
+        shares = [100 * share for share in by_share]
+        left.plot(shares, list(by_share.values()), "o-", ms=4, color=_colour(arm), label=arm)
+    left.set(xlabel="weights left out in %", ylabel="test MSE in m² per coordinate", yscale="log")
+    left.legend(frameon=False, fontsize=8)
+    for arm, by_count in learned.items():
+        middle.plot(list(by_count), list(by_count.values()), "o-", ms=4, color=_colour(arm), label=arm)
+        middle.set(xlabel="training images", xscale="log", ylim=(0, None))
+        middle.set_xticks(list(by_count), list(by_count))
+        middle.xaxis.set_minor_formatter(NullFormatter())
+    middle.legend(frameon=False, fontsize=8)
+    for place, distances in apart.items():
+        right.ecdf(distances, label=place)
+    right.set(xlabel="points off their rays, cm (median of an image)", ylabel="share of the images", xscale="log")
+    right.legend(frameon=False, fontsize=8)
+    for scale in (left.yaxis, right.xaxis):
+        plain_ticks(scale)
+    return figure
+
+
 def plain_ticks(axis):
     """Ticks of a logarithmic axis as plain numbers: 2, 3, 5, 7, 10, 15 instead of powers of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))

@@ -86,9 +86,8 @@ def ray(prediction, batch):
     ahead = world_points(batch.pixels, torch.ones_like(batch.confidence), batch.intrinsics, batch.poses) - eye
     direction, offset = F.normalize(ahead, dim=1), prediction.points - eye
     reach = (offset * direction).sum(1, keepdim=True).clamp(min=NEAREST)
-    distance = torch.sqrt(((offset - reach * direction) ** 2).sum(1, keepdim=True) + 1e-8)  # smooth at zero
     x, y = batch.pixels.split(1, 1)  # of the frame: beyond it an augmented view repeats its border
-    return _mean(distance, (x > 0) & (x < width) & (y > 0) & (y < height))
+    return _mean(_length(offset - reach * direction), (x > 0) & (x < width) & (y > 0) & (y < height))
 
 
 LOSSES = {loss.__name__: loss for loss in (mse, l1, huber, confidence, laplace, reprojection, ray)}
@@ -113,8 +112,11 @@ def needs_uncertainty(text):
 
 
 def _distance(prediction, batch):
-    difference = torch.where(batch.mask, prediction.points - batch.points, 0)
-    return torch.sqrt((difference**2).sum(1, keepdim=True) + 1e-8)  # smooth at zero
+    return _length(torch.where(batch.mask, prediction.points - batch.points, 0))
+
+
+def _length(vectors):
+    return torch.sqrt((vectors**2).sum(1, keepdim=True) + 1e-8)  # smooth at zero
 
 
 def _mean(values, weights):

@@ -38,14 +38,15 @@ def _orthogonalised(matrix, steps, coefficients, eps, safety_factor, scale_eps):
 
     Each step multiplies X by a polynomial of X X^T. These polynomials commute, so that their product can be made of the
     first X X^T, small and square, and X is needed but once more, at the end (J. Zhang et al., *Gram Newton-Schulz*,
-    2026). Rounding is some hundred times as coarse, which half precision could not bear.
+    2026). That rounds some hundred times as coarsely as timm's way: too coarsely for half precision, or many steps.
 
     Args:
         matrix: ``(n, m)``. The others are timm's.
     """
     dtype, is_tall = _precision(matrix.device), matrix.shape[-2] > matrix.shape[-1]
     wide = matrix.mT if is_tall else matrix
-    if dtype != torch.float32 or wide.shape[-1] < 2 * wide.shape[-2] or matrix.ndim > 2 or scale_eps:
+    is_wide = matrix.ndim == 2 and wide.shape[-1] >= 2 * wide.shape[-2]
+    if dtype != torch.float32 or not is_wide or steps > muon.DEFAULT_NS_STEPS or scale_eps:
         return _NEWTON_SCHULZ(matrix, steps, coefficients, eps, safety_factor, dtype, scale_eps)
     wide = wide.float() / (wide.norm() * safety_factor).clamp(min=eps)
     gram, factor, product = wide @ wide.mT, None, None

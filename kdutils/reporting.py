@@ -129,6 +129,11 @@ def camera_table(rows):
     return markdown(names, lines)
 
 
+def _centimetres(metres):
+    """As text; nothing where it was not measured."""
+    return "" if metres is None else f"{100 * metres:.1f}"
+
+
 def _metres2(mse):
     """As text; nothing where it was not measured."""
     return "" if mse is None else f"{mse:.4f}"
@@ -149,6 +154,18 @@ def control_table(rows, control):
     lines = [[pair[0]["scene"], pair[0]["label"], *(f"{100 * row['depth_median']:.1f}" for row in pair),
               *(f"{row['depth_mse']:.4f}" for row in pair)] for pair in pairs]  # fmt: skip
     return markdown(names, lines)
+
+
+def compressed_table(rows):
+    """What students are as files, as a Markdown table.
+
+    Args:
+        rows: dicts of ``student``, ``form``, ``megabytes``, ``milliseconds`` for one image, ``mse`` in m², and
+            ``localised_translation``, the camera's median error in metres, or None.
+    """
+    lines = [[row["student"], row["form"], f"{row['megabytes']:.1f}", f"{row['milliseconds']:.1f}",
+              f"{row['mse']:.4f}", _centimetres(row["localised_translation"])] for row in rows]  # fmt: skip
+    return markdown(("student", "as", "MB", "ms an image", "MSE m²", "camera cm"), lines)
 
 
 def claims_table(found):

@@ -125,7 +125,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
                 "images_per_second": run.step * min(plan.batch, len(train_index)) / run.learning_seconds,
                 "weights_origin": origin.origin}  # fmt: skip
     if RANK == 0:
-        for stale in ("metrics.json", "student.json"):
+        for stale in ("metrics.json", "student.json", "student.onnx", "student-8bit.onnx"):
             artefacts.discard(folder / stale)
         save_student(student, folder / "student.safetensors")
         artefacts.write_json(folder / "student.json", manifest)

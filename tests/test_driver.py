@@ -84,18 +84,19 @@ def test_notebooks_run_side_by_side_but_never_before_what_they_need(tmp_path, mo
     Path("weights").touch()
     monkeypatch.setenv("KDUTILS_DATA", "data")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    done, together, running = [], [], []
+    done, together, running, titles = [], [], [], []
     lock = threading.Lock()
 
     def run_notebook(title, name, parameters, *_):
         mine = (name, parameters["scene"])
         with lock:
             assert os.environ["KDUTILS_DATA"] == str(tmp_path / "data") and Path.cwd() == driver.NOTEBOOKS
-            assert parameters.get("weights") == (str(tmp_path / "weights") if name[:2] in ("04", "05") else None)
+            assert parameters.get("weights") == (str(tmp_path / "weights") if name[:2] in ("04", "05", "08") else None)
             scenes = ("kitchen", "office") if name in driver.SUMMARIES else mine[1:]
             needed = {(need, scene) for need in driver.NEEDS[name] for scene in scenes}
             assert needed <= set(done), f"{title} began too early"
             running.append(mine)
+            titles.append(title.partition("]")[0])
         time.sleep(0.05)
         with lock:
             together.append(len(running))
@@ -104,12 +105,13 @@ def test_notebooks_run_side_by_side_but_never_before_what_they_need(tmp_path, mo
 
     monkeypatch.setattr(driver, "run_notebook", run_notebook)
     assert driver.main(["kitchen", "office", "--jobs", "2", "--weights", "weights"]) == 0, capsys.readouterr().err
-    assert max(together) == 2 and len(done) == len(set(done)) == 12
+    assert max(together) == 2 and len(done) == len(set(done)) == 13
+    assert sorted(titles) == sorted(f"[{number}/13" for number in range(1, 14))
     assert {name for name, _ in done} == set(driver.NEEDS) == {path.stem for path in driver.NOTEBOOKS.glob("*.ipynb")}
     for jobs in ("1", "5"):
         together.clear(), done.clear()
         assert driver.main(["kitchen", "office", "--jobs", jobs, "--weights", "weights"]) == 0
-        assert len(done) == 12 and (max(together) == 1) == (jobs == "1")
+        assert len(done) == 13 and (max(together) == 1) == (jobs == "1")
 
 
 def test_a_kernel_that_died_and_a_full_disk_fail_what_needs_them_and_are_named(tmp_path, monkeypatch, capsys):

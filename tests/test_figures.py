@@ -282,6 +282,16 @@ def test_ablations_have_a_panel_each(draw):
     assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["mse", "l1"]
 
 
+def test_open_questions_have_a_panel_each(draw):
+    pruned = {"cnn-scratch": {0.0: 0.02, 0.5: 0.3}, "vit16-frozen": {0.0: 0.01, 0.5: 0.4}}
+    apart = {"its own": np.linspace(4, 6, 9), "another": np.linspace(20, 40, 9)}
+    left, middle, right = draw(figures.open_questions(pruned, {"mobilenet-frozen": {10: 0.02, 20: 0.01}}, apart)).axes
+    assert [line.get_xdata().tolist() for line in left.lines] == [[0, 50]] * 2
+    assert [tick.get_text() for tick in middle.get_xticklabels()] == ["10", "20"]
+    assert [text.get_text() for text in right.get_legend().get_texts()] == list(apart)
+    assert [line.get_xdata()[-1] for line in right.lines] == [6, 40]
+
+
 def test_still_cloud_and_two_clouds(world, draw):
     points, colours = world.points.reshape(-1, 3), world.image.reshape(-1, 3)
     figure = draw(figures.cloud_still(points, colours, world.poses, "room", most=100))

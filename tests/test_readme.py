@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kdutils.reporting import BRIEF_TABLE, beside, camera_table, claims_table, spread, table
+from kdutils.reporting import BRIEF_TABLE, beside, camera_table, claims_table, compressed_table, spread, table
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README, MEASUREMENTS, DATA = (REPOSITORY / folder / "README.md" for folder in (".", "figures", "data"))
@@ -48,6 +48,8 @@ def test_tables_are_those_that_were_measured():
     assert marked("results") == table(ROWS, with_paper=True, columns=BRIEF_TABLE)
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     assert marked("claims") == claims_table([claim for claim in claims if "claim" in claim])
+    answers = json.loads((REPOSITORY / "figures" / "open_questions.json").read_text())
+    assert marked("compressed") == compressed_table(answers["compressed"])
     assert marked("longer") == camera_table(json.loads((REPOSITORY / "figures" / "longer.json").read_text()))
     over_seeds, adamw = (
         json.loads((REPOSITORY / "figures" / f"{name}.json").read_text()) for name in ("seeds", "adamw")

@@ -149,6 +149,13 @@ def test_the_control_compares_what_both_teachers_taught(rows):
     assert len(cells(reporting.control_table(others, control))) == 2  # no line
 
 
+def test_a_file_whose_camera_was_not_located_has_none_in_the_table():
+    file = {"student": "cnn-scratch", "form": "file", "megabytes": 7.25, "milliseconds": 4.91, "mse": 0.03284}
+    text = reporting.compressed_table([{**file, "localised_translation": each} for each in (None, 0.382)])
+    assert text.splitlines()[2:] == ["| cnn-scratch | file | 7.2 | 4.9 | 0.0328 |  |",
+                                     "| cnn-scratch | file | 7.2 | 4.9 | 0.0328 | 38.2 |"]  # fmt: skip
+
+
 def test_ablations_compare_what_was_trained(rows):
     assert reporting.ablation_groups(rows) == {  # none with itself alone
         "MobileNet frozen, half the budget: loss": {"mse": 0.2, "l1": 0.02},
