@@ -6,7 +6,6 @@ A file takes one image ``(1, 3, H, W)`` in [0, 1], of the size that the student 
 
 import shutil
 import tempfile
-import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
-from kdutils import artefacts, students
+from kdutils import artefacts, evaluation, students
 
 INPUT, OUTPUTS = "image", ("points", "log_scale")
 QUANTISED = ("Conv", "MatMul")  # where the work and the weights are; the rest stays at 32 bits
@@ -113,12 +112,7 @@ class Runner:
 
     def latency(self, image, repeats=30):
         """Fewest milliseconds for one image ``(H, W, 3)`` uint8, see ``evaluation.latency``."""
-        given, times = _as_input(image), []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            self.session.run(None, given)
-            times.append(time.perf_counter() - start)
-        return 1000 * min(times)
+        return evaluation.fewest_milliseconds(partial(self.session.run, None, _as_input(image)), repeats)
 
 
 def _as_input(image):

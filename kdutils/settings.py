@@ -192,6 +192,7 @@ class Preset:
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     # Teachers that known cameras, pictures and other views help: posing, photometric, consistency, completion.
     assisted: tuple[str, ...] = ("compact",)
+    stereo: bool = False  # also fill what these leave out, by stereo, in minutes: for budgets that learn as much
     reduction: int = 1  # of images in the coarse part of a recipe: a student learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes
     deterministic: bool = False  # on CUDA, at a price; the CPU always is
@@ -209,7 +210,7 @@ PRESETS = {
     ),
     "sample": _SAMPLE,
     "hour": replace(
-        _SAMPLE, scenes=("kitchen",), reduction=2, most_train=400, seconds=240, steps=100_000, batch=32,
+        _SAMPLE, scenes=("kitchen",), reduction=2, stereo=True, most_train=400, seconds=240, steps=100_000, batch=32,
         teacher="depth", other_teacher="depth",
         validations=10, augmentation=STRONG, bfloat16=("cuda", "cpu"),
         first_scene_arms=(
@@ -217,8 +218,8 @@ PRESETS = {
         ),
     ),
     "gpu": replace(
-        _SAMPLE, most_train=400, seconds=30, steps=1_000_000, batch=128, validations=10, augmentation=STRONG,
-        first_scene_arms=tuple(ARMS), other_scene_arms=(*_SAMPLE.other_scene_arms, *LONG_ARMS),
+        _SAMPLE, stereo=True, most_train=400, seconds=30, steps=1_000_000, batch=128, validations=10,
+        augmentation=STRONG, first_scene_arms=tuple(ARMS), other_scene_arms=(*_SAMPLE.other_scene_arms, *LONG_ARMS),
     ),
     "study": replace(
         _SAMPLE, scenes=("apt1/kitchen", "apt2/kitchen", "office1/gates362", "office2/5a"), size=(384, 512),

@@ -12,15 +12,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from kdutils import alignment, artefacts, dust3r, labelling, pairs, rooms, scenes
-from kdutils.alignment import completion, consistency, photometric
+from kdutils.alignment import completion, consistency, photometric, stereo
 from kdutils.alignment.posing import Posed
 from kdutils.settings import is_folder
 
 Labels = namedtuple("Labels", "points confidence valid completed depth earlier report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, completed, depth along z, each (N, H, W).
 
-``valid`` is where the teacher has a label. ``completed`` is where other views' labels stand in for one: students learn
-from these too, and are not judged by them.
+``valid`` is where the teacher has a label. ``completed`` is where other views' labels or stereo stand in for one:
+students learn from these too, and are not judged by them.
 
 ``earlier`` has the depth as it was "aligned", before the pictures corrected it, and then "refined", before views that
 agree were fused; it is empty for teachers whose labels are as they were aligned.
@@ -131,6 +131,8 @@ def align(study):
     shards = labelling.PairShards(study.labels_folder)
     manifest = study.labels_folder / "labels.json"
     assisted = study.teacher in study.preset.assisted and [photometric.VERSION, consistency.VERSION, completion.VERSION]
+    if assisted and study.preset.stereo:
+        assisted.append(stereo.VERSION)
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
                 "alignment": alignment.VERSION, "assisted": assisted}  # fmt: skip
     with artefacts.alone(study.labels_folder):
@@ -157,6 +159,12 @@ def _align(study, shards, manifest, settings):
         tensors["depth"], tensors["completed"] = completion.completed(
             fused, tensors["valid"], pictures, *cameras, ~scene_frames.is_test, study.device
         )
+        if study.preset.stereo:
+            tensors["depth"], found = stereo.filled(
+                tensors["depth"], tensors["valid"] | tensors["completed"], pictures, *cameras, shards.pairs,
+                ~scene_frames.is_test, study.device, partial(tqdm, desc="stereo", unit="image"),
+            )  # fmt: skip
+            tensors["completed"] |= found
     artefacts.discard(manifest)
     artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})

@@ -65,6 +65,17 @@ def box_world(count=8, size=(24, 32), seed=0, test=0, step=0.08):
     return World(image, depth.astype(np.float32), points, poses, intrinsics, sequence)
 
 
+def painted_world(world, seed=0):
+    """Pictures ``(N, H, W, 3)`` of the world with waves of several lengths, none shorter than some pixels, on it."""
+    rng = np.random.default_rng(seed)
+    light = np.zeros(world.depth.shape)
+    for length in (1.2, 0.8, 0.5, 0.35):  # metres
+        wave = rng.normal(size=(3, 3))
+        wave *= 2 * np.pi / length / np.linalg.norm(wave, axis=1, keepdims=True)
+        light += np.sin(world.points @ wave.T + rng.uniform(0, 6, 3)).sum(-1)
+    return np.repeat((128 + 11 * light).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
 def examples_of(world, mask=None, confidence=None):
     """The world as examples for a student, labelled by its true depth, on the CPU."""
     from kdutils.augmentation import Examples  # late, because it imports torch

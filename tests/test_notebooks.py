@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -142,6 +144,21 @@ def test_holes_are_completed_by_training_images_alone(study, monkeypatch):
     depth, found = completion.completed(*given, ~frames.is_test)
     assert found.any() and np.array_equal(found, labels.completed) and np.array_equal(depth, labels.depth)
     assert not np.array_equal(found, completion.completed(*given, np.ones(len(frames), bool))[1])
+
+
+def test_stereo_adds_to_what_training_images_learn_from_alone(study, tmp_path, monkeypatch):
+    shutil.copytree(study[0] / "smoke" / "labels", tmp_path / "smoke" / "labels")
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    kitchen = Study("kitchen", "smoke")
+    frames, before = stages.frames(kitchen), stages.labels(kitchen)
+    kitchen.preset = replace(kitchen.preset, stereo=True)
+    after = stages.align(kitchen)
+    assert after.digest != before.digest and np.array_equal(after.valid, before.valid)
+    new = after.completed & ~before.completed
+    assert new.any() and not new[frames.is_test].any() and not (before.completed & ~after.completed).any()
+    assert np.array_equal(after.depth[~new], before.depth[~new])
+    truth, measured = stages.depth_points(kitchen)
+    assert evaluation.point_errors(after.points, truth, new & measured)["median"] < 0.1
 
 
 def test_study_says_which_arms_had_no_pretrained_weights(study):

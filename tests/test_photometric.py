@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import box_world
+from conftest import box_world, painted_world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,14 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def painted(seed=0):
-    """Pictures ``(N, H, W, 3)`` of the world with waves of several lengths, none shorter than some pixels, on it."""
-    rng = np.random.default_rng(seed)
-    light = np.zeros(WORLD.depth.shape)
-    for length in (1.2, 0.8, 0.5, 0.35):  # metres
-        wave = rng.normal(size=(3, 3))
-        wave *= 2 * np.pi / length / np.linalg.norm(wave, axis=1, keepdims=True)
-        light += np.sin(WORLD.points @ wave.T + rng.uniform(0, 6, 3)).sum(-1)
-    return np.repeat((128 + 11 * light).clip(0, 255).round().astype(np.uint8)[..., None], 3, axis=-1)
+    return painted_world(WORLD, seed)
 
 
 def off_by(share, seed=0):

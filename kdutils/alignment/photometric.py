@@ -60,7 +60,7 @@ def unit(shards, images, intrinsics, poses, telling, device="cpu"):
     if not total.max() > total.median() + LEAST_PEAK:
         raise ValueError("the pictures do not tell how many metres the teacher's unit has: look whether the poses are "
                          "right and the camera moves, or use the teacher depth")  # fmt: skip
-    place = _lowest(-total[None, :, None, None])[0, 0, 0]
+    place = lowest(-total[None, :, None, None])[0, 0, 0]
     return float(units[0] * (units[1] / units[0]) ** place)
 
 
@@ -78,7 +78,7 @@ def _some_depths(shards, telling):
 
 
 @torch.inference_mode()
-def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None):
+def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None, passes=PASSES):
     """Depths moved to where the views agree.
 
     Args:
@@ -87,7 +87,7 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
         intrinsics: ``(3, 3)`` in pixels.
         poses: ``(N, 4, 4)`` camera-to-world, metres.
         pairs: ``(P, 2)`` directed pairs of images; an image is compared with its ``neighbours`` in that graph.
-        progress: called with the batches of images, e.g. ``tqdm``.
+        progress: called with the batches of images, e.g. ``tqdm``. passes: see ``PASSES``.
 
     Returns:
         ``(N, H, W)`` float32; what has no depth, and images in no pair, stay as they are.
@@ -97,8 +97,7 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
     paired = [image for image in range(len(depth)) if len(others[image])]
     at_once = max(1, PIXELS_AT_ONCE // depth[0].size)
     batches = [paired[k : k + at_once] for k in range(0, len(paired), at_once)]
-    shown = torch.cat([normalised(torch.tensor(images[k : k + at_once], device=device)).half()
-                       for k in range(0, len(images), at_once)])  # fmt: skip
+    shown = normalised_all(images, device)
     camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
     for batch in (progress or iter)(batches):
         most = max(len(others[image]) for image in batch)
@@ -108,7 +107,7 @@ def refine(depth, images, intrinsics, poses, pairs, device="cpu", progress=None)
         own, other = (shown[torch.as_tensor(index, device=device)].float() for index in (batch, sides))
         motions = torch.as_tensor(motions, dtype=torch.float32, device=device)
         before, counts = (torch.tensor(array, device=device) for array in (refined[batch], counts))
-        refined[batch] = _swept(before, own, other, counts, motions, camera).cpu().numpy()
+        refined[batch] = _swept(before, own, other, counts, motions, camera, passes).cpu().numpy()
     return refined
 
 
@@ -135,6 +134,13 @@ def normalised(images):
     return ((grey - mean) / (spread + LEAST_CONTRAST**2).sqrt())[:, 0]
 
 
+def normalised_all(images, device):
+    """The same of ``(N, H, W, 3)``, in half precision on the device, some images at a time."""
+    at_once = max(1, PIXELS_AT_ONCE // images[0, ..., 0].size)
+    return torch.cat([normalised(torch.tensor(images[k : k + at_once], device=device)).half()
+                      for k in range(0, len(images), at_once)])  # fmt: skip
+
+
 def _blurred(grey):
     weights = torch.exp(-((torch.arange(WINDOW, device=grey.device) - WINDOW // 2) / (WINDOW / 3.5)).square() / 2)
     grey = F.pad(grey, [WINDOW // 2] * 4, mode="replicate")
@@ -143,7 +149,7 @@ def _blurred(grey):
     return grey
 
 
-def _swept(before, own, other, counts, motions, camera):
+def _swept(before, own, other, counts, motions, camera, passes):
     """Depths ``(B, H, W)`` after all passes.
 
     Args:
@@ -151,17 +157,17 @@ def _swept(before, own, other, counts, motions, camera):
             bool, which others there are. motions: ``(B, K, 4, 4)`` from own camera to the others.
     """
     depth = before
-    for reach, count in PASSES:
+    for reach, count in passes:
         shifts = torch.linspace(-reach, reach, count, device=before.device)
         tried = depth[:, None] * shifts.exp()[:, None, None]
         alike = torch.full_like(tried, 1e-6)
         for k in range(other.shape[1]):
-            unlike, inside = differences(tried, own, other[:, k], motions[:, k], camera)
-            alike += (inside & counts[:, k, None, None])[:, None] * unlike.div_(-LENIENCE).exp_()
+            off, there = differences(tried, own, other[:, k], motions[:, k], camera)
+            alike += (there & counts[:, k, None, None])[:, None] * off.div_(-LENIENCE).exp_()
         cost = -LENIENCE * alike.log()
         away = (tried / before[:, None].clamp(min=NEAREST)).clamp(min=1e-3).log()
         cost = smoothed(cost + PRIOR_WEIGHT / 2 * (away / PRIOR).square())
-        depth = _median(depth * (shifts[1] - shifts[0]).mul(_lowest(cost) - count // 2).exp())
+        depth = _median(depth * (shifts[1] - shifts[0]).mul(lowest(cost) - count // 2).exp())
         depth = torch.where(before > 0, depth, before)
     return depth
 
@@ -178,11 +184,21 @@ def differences(tried, own, other, motion, camera):
         depth puts inside. If every depth had a say in this, those that end inside would win.
     """
     x, y, z = projected(tried, motion, camera)
+    middle = tried.shape[1] // 2
+    return unlike(x, y, own, other), inside(*(place[:, middle] for place in (x, y, z)))
+
+
+def unlike(x, y, own, other):
+    """Differences ``(B, S, H, W)``, averaged around each pixel, of a picture ``own (B, H, W)`` from what another one
+    ``(B, H, W)`` has at the places ``x``, ``y`` ``(B, S, H, W)`` of ``projected``."""
     grid = torch.stack([x, y], -1).flatten(1, 2)
     shown = F.grid_sample(other[:, None], grid, padding_mode="border", align_corners=False)
-    unlike = (shown.view_as(tried) - own[:, None]).abs_().clamp_(max=MOST_DIFFERENCE)
-    middle = tried.shape[1] // 2
-    return _averaged(unlike), (z[:, middle] > NEAREST) & (x[:, middle].abs() < 1) & (y[:, middle].abs() < 1)
+    return _averaged((shown.view_as(x) - own[:, None]).abs_().clamp_(max=MOST_DIFFERENCE))
+
+
+def inside(x, y, z):
+    """Which places of ``projected`` the other picture may show."""
+    return (z > NEAREST) & (x.abs() < 1) & (y.abs() < 1)
 
 
 def projected(depth, motion, camera):
@@ -229,7 +245,7 @@ def smoothed(cost):
     return total / 4
 
 
-def _lowest(cost):
+def lowest(cost):
     """Where along S the costs ``(B, S, H, W)`` are lowest ``(B, H, W)``, between steps by a parabola."""
     at = cost.argmin(1, keepdim=True).clamp(1, cost.shape[1] - 2)
     before, here, after = (cost.gather(1, at + k)[:, 0] for k in (-1, 0, 1))
