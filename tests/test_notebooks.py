@@ -149,7 +149,7 @@ def test_holes_are_completed_by_training_images_alone(study, monkeypatch):
 def test_stereo_adds_to_what_training_images_learn_from_alone(study, tmp_path, monkeypatch):
     shutil.copytree(study[0] / "smoke" / "labels", tmp_path / "smoke" / "labels")
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
-    kitchen = Study("kitchen", "smoke")
+    kitchen = Study("kitchen", "smoke", device="cpu")
     frames, before = stages.frames(kitchen), stages.labels(kitchen)
     kitchen.preset = replace(kitchen.preset, stereo=True)
     after = stages.align(kitchen)

@@ -66,21 +66,29 @@ def test_an_image_in_no_pair_is_left_alone():
     assert not found[5].any() and found[:5].any((1, 2)).all()
 
 
-@pytest.mark.parametrize("known, edges", [(False, PAIRS), (True, PAIRS[:0])])
-def test_without_labels_or_pairs_nothing_is_filled(known, edges):
-    depth, found = filled(WORLD.depth, np.full((COUNT, *SIZE), known), painted_world(WORLD), edges)
-    assert not found.any() and np.array_equal(depth, WORLD.depth)
+def test_two_images_alone_are_no_witnesses():
+    edges = np.concatenate([PAIRS[(PAIRS < 4).all(1)], [[4, 5], [5, 4]]])
+    _, found = filled(*with_band(), painted_world(WORLD), edges)
+    assert not found[4:].any() and found[:4].any((1, 2)).all()
+
+
+def test_without_labels_or_pairs_nothing_is_filled():
+    depth, known = with_band()
+    for nothing in (filled(depth, np.zeros_like(known), painted_world(WORLD)),
+                    filled(depth, known, painted_world(WORLD), PAIRS[:0]),
+                    filled(depth, known, painted_world(WORLD), sources=~ALL)):  # fmt: skip
+        assert not nothing[1].any() and np.array_equal(nothing[0], depth)
 
 
 def test_a_depth_that_one_view_alone_could_show_is_not_taken():
-    shown = torch.zeros(1, 8, 8)
     behind = torch.eye(4)
     behind[2, 3] = -2.5  # steps forward by 2.5 m: what is nearer than that lies behind it
     steps = torch.linspace(1.0, 0.25, 9)  # 1 to 4 m
     camera = torch.tensor([[8.0, 0, 4], [0, 8.0, 4], [0, 0, 1]])
-    label = torch.zeros(8, 8)
-    both = stereo.swept(steps, label, shown[0], shown.expand(2, 8, 8), torch.stack([torch.eye(4), behind]), camera)
-    assert (both[3:5, 3:5] > 2.5).all()
+    own, others = torch.zeros(8, 8), torch.zeros(2, 8, 8)
+    others[1] = 0.3  # not quite the same: nearer depths, which the first view alone shows, would be the more alike
+    depth = stereo.swept(steps, torch.zeros(8, 8), own, others, torch.stack([torch.eye(4), behind]), camera)
+    assert (depth[3:5, 3:5] > 2.5).all()
 
 
 def test_a_label_holds_the_plain_surface_around_it():

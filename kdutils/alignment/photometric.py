@@ -135,7 +135,7 @@ def normalised(images):
 
 
 def normalised_all(images, device):
-    """The same of ``(N, H, W, 3)``, in half precision on the device, some images at a time."""
+    """The same ``(N, H, W)`` of ``(N, H, W, 3)``, in half precision on the device, some images at a time."""
     at_once = max(1, PIXELS_AT_ONCE // images[0, ..., 0].size)
     return torch.cat([normalised(torch.tensor(images[k : k + at_once], device=device)).half()
                       for k in range(0, len(images), at_once)])  # fmt: skip
@@ -197,7 +197,7 @@ def unlike(x, y, own, other):
 
 
 def inside(x, y, z):
-    """Which places of ``projected`` the other picture may show."""
+    """Which of the places ``(B, S, H, W)`` of ``projected`` the other picture may show, bool of that shape."""
     return (z > NEAREST) & (x.abs() < 1) & (y.abs() < 1)
 
 
