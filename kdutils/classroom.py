@@ -207,11 +207,11 @@ def comparison(classroom, arms, most=1, with_rays=False):
 
 
 def keep_rows(path, study, arms):
-    """Add the rows of trained arms to those in a JSON file; one of the same arm and as many minutes gives way."""
+    """Add the rows of trained arms to those in a JSON file; one of the same arm, labels and minutes gives way."""
     rows = artefacts.read_json(path) if path.exists() else []
     rows += [row for row in reporting.without_ablations(reporting.collect(study)) if row["arm"] in arms]
-    names = ("scene", "teacher", "preset", "seed", "arm")
-    by_run = {(*(row[name] for name in names), round(row["train_seconds"] / 60)): row for row in rows}
+    names = ("scene", "teacher", "stereo", "preset", "seed", "arm")
+    by_run = {(*(row.get(name, False) for name in names), round(row["train_seconds"] / 60)): row for row in rows}
     artefacts.write_json(path, list(by_run.values()))
 
 

@@ -117,14 +117,15 @@ def camera_table(rows):
 
     Scenes and teachers are in the order in which they come; best first where both are the same.
     """
-    taught = list(dict.fromkeys((row["scene"], row["teacher"]) for row in rows))
-    ranked = sorted(rows, key=lambda row: (taught.index((row["scene"], row["teacher"])), row["mse"]))
+    by = itemgetter("scene", "teacher")
+    taught = list(dict.fromkeys(by(row) for row in rows))
+    ranked = sorted(rows, key=lambda row: (taught.index(by(row)), row["mse"]))
     names = ("scene", "teacher", "student", "minutes", "images seen", "MSE m²", "where shown", "on rays", "median cm",
              "to depth m²", "to depth cm", "camera cm", "degrees", "within 5 cm, 5°", "within 2 cm, 2°")  # fmt: skip
-    lines = [[row["scene"], row["teacher"], row["label"], f"{row['train_seconds'] / 60:.0f}",
-              f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}", _metres2(row.get("shown_mse")),
-              _metres2(row.get("rays_mse")), f"{100 * row['median']:.1f}", f"{row['depth_mse']:.4f}",
-              f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
+    lines = [[row["scene"], row["teacher"] + " + stereo" * row.get("stereo", False), row["label"],
+              f"{row['train_seconds'] / 60:.0f}", f"{row['steps'] * row['batch']:,}", f"{row['mse']:.4f}",
+              _metres2(row.get("shown_mse")), _metres2(row.get("rays_mse")), f"{100 * row['median']:.1f}",
+              f"{row['depth_mse']:.4f}", f"{100 * row['depth_median']:.1f}", *place_cells(located(row))[:4]]
              for row in ranked]  # fmt: skip
     return markdown(names, lines)
 
@@ -373,14 +374,15 @@ def _row(metrics):
     shown = {f"shown_{name}": metrics["where_shown"].get(name) for name in ("share", "mse")}
     depth = {f"depth_{name}": value for name, value in metrics["against_depth"].items() if name != "pixels"}
     first = {name: metrics[name] for name in ("scene", "teacher", "preset", "seed", "arm", "weights", "machine")}
-    arm = ARMS[metrics["arm"]]
+    arm, preset = ARMS[metrics["arm"]], metrics["settings"]["preset"]
     unpretrained = metrics["weights"] == "random" and arm.start != "scratch" and arm.weights != "random"
     label = metrics["arm"] + (" (random weights)" if unpretrained else "")
     baseline = metrics["mean_point"]["mse"]
     localised = {f"localised_{name}": value for name, value in metrics["localisation"].items()}
     rays = {f"rays_{name}": value for name, value in metrics["on_rays"].items()}
-    return {**first, "label": label, "unpretrained": unpretrained, **own, **shown, "mean_point_mse": baseline,
-            **depth, **rays, **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
+    first["stereo"] = preset.get("stereo", False) and metrics["teacher"] in preset["assisted"]
+    return {**first, "label": label, "unpretrained": unpretrained, **own, **shown, "mean_point_mse": baseline, **depth,
+            **rays, **localised, **metrics["training"], **metrics["size"], **metrics["timing"]}  # fmt: skip
 
 
 def _short(value):

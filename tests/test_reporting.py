@@ -13,7 +13,8 @@ from kdutils.settings import ABLATION_ARMS, ARMS, PAPER_ARMS, Study
 
 def metrics(arm, mse, weights="random", seed=0):
     against = {"mse": mse, "rmse": 0.1, "median": 0.25, "p90": 0.3, "within_5cm": 0.4, "within_10cm": 0.5, "pixels": 9}
-    plan = training.plan_for(Study("kitchen", "smoke", "depth", "cpu", seed), ARMS[arm])
+    study = Study("kitchen", "smoke", "depth", "cpu", seed)
+    plan, preset = training.plan_for(study, ARMS[arm]), study.describe()
     return {
         "scene": "kitchen", "teacher": "depth", "preset": "smoke", "seed": 0, "arm": arm, "weights": weights,
         "weights_note": "", "against_teacher": against, "against_depth": {**against, "mse": 2 * mse},
@@ -24,7 +25,8 @@ def metrics(arm, mse, weights="random", seed=0):
         "training": {"steps": round(200 * ARMS[arm].budget), "batch": 8, "loss": ARMS[arm].loss or "mse"},
         "timing": {"latency_ms": 1 / 3, "localised_milliseconds": 6.0, "train_seconds": 2.0,
                    "train_images_per_second": 800.0},
-        "machine": "a machine", "settings": {"student": {"plan": asdict(plan)}, "measured_by": evaluation.VERSION},
+        "machine": "a machine",
+        "settings": {"student": {"plan": asdict(plan)}, "preset": preset, "measured_by": evaluation.VERSION},
     }  # fmt: skip
 
 
@@ -128,6 +130,16 @@ def test_camera_table_says_what_was_learned_and_what_is_found(rows):
         "to depth m²": "0.1000", "to depth cm": "25.0", "camera cm": "7.0", "degrees": "2.50",
         "within 5 cm, 5°": "30%", "within 2 cm, 2°": "10%",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("teacher, preset, has_stereo", [("compact", "hour", True), ("depth", "hour", False),
+                                                         ("compact", "sample", False)])  # fmt: skip
+def test_a_row_says_whether_stereo_helped_its_teacher(teacher, preset, has_stereo):
+    found = metrics("cnn-scratch", 0.1)
+    found["settings"]["preset"] = Study("kitchen", preset, teacher, "cpu").describe()
+    row = reporting._row({**found, "teacher": teacher})
+    names, _, line = cells(reporting.camera_table([row]))
+    assert row["stereo"] == has_stereo and line[names.index("teacher")] == teacher + " + stereo" * has_stereo
 
 
 def test_camera_table_leaves_out_what_was_not_measured(rows):
