@@ -25,9 +25,9 @@ class Classroom:
         split = training.split_validation(np.asarray(self.frames.sequence), study.preset.validation_share)
         self.train, self.validation = (part[labelled[part]] for part in split)
         self._check(labelled)
-        taught = np.array(self.labels.valid)
-        taught[self.train] |= self.labels.completed[self.train]  # what judges, the validation too, is the teacher's own
-        self.examples = Examples.of(self.frames.image, self.labels.depth, taught, self.labels.confidence,
+        self.taught = np.array(self.labels.valid)
+        self.taught[self.train] |= self.labels.completed[self.train]  # what judges, the validation too, is its own
+        self.examples = Examples.of(self.frames.image, self.labels.depth, self.taught, self.labels.confidence,
                                     self.frames.intrinsics, self.frames.poses, study.device)  # fmt: skip
 
     def _check(self, labelled):
@@ -114,8 +114,8 @@ class Classroom:
     @cached_property
     def shown(self):
         """Test pixels ``(N, H, W)`` whose labelled place a training image has a label for, see ``evaluation.shown``."""
-        taught = (self.labels.valid | self.labels.completed)[self.train]
-        return evaluation.shown(self.labels.points[self.test], self.labels.points[self.train], taught)
+        points, train, test = self.labels.points, self.train, self.test
+        return evaluation.shown(points[test], points[train], self.taught[train])
 
     def mean_point(self, frames):
         """Errors in some frames of the mean labelled training point, said for every pixel."""
