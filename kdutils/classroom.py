@@ -26,7 +26,7 @@ class Classroom:
         self.train, self.validation = (part[labelled[part]] for part in split)
         self._check(labelled)
         self.taught = np.array(self.labels.valid)
-        self.taught[self.train] |= self.labels.completed[self.train]  # what judges, the validation too, is its own
+        self.taught[self.train] |= self.labels.completed[self.train]  # validation judges by the teacher's alone
         self.examples = Examples.of(self.frames.image, self.labels.depth, self.taught, self.labels.confidence,
                                     self.frames.intrinsics, self.frames.poses, study.device)  # fmt: skip
 

@@ -192,7 +192,7 @@ class Preset:
     min_confidence: float = 1.5  # pointmap pixels below it are no labels
     # Teachers that known cameras, pictures and other views help: posing, photometric, consistency, completion.
     assisted: tuple[str, ...] = ("compact",)
-    stereo: bool = False  # also fill what these leave out, by stereo, in minutes: for budgets that learn as much
+    stereo: bool = False  # fills what these leave out, in minutes: for budgets long enough to gain by it
     reduction: int = 1  # of images in the coarse part of a recipe: a student learns from more of them in the same time
     compile: bool = False  # torch.compile: for budgets of many minutes
     deterministic: bool = False  # on CUDA, at a price; the CPU always is
