@@ -13,7 +13,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import chdir, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import papermill
@@ -22,7 +22,7 @@ import torch
 from papermill.exceptions import PapermillExecutionError
 from tqdm import tqdm
 
-from kdutils import artefacts, reporting, scenes, shipped, stages
+from kdutils import artefacts, evaluation, reporting, scenes, shipped, stages
 from kdutils.settings import CNN_ARMS, PRESETS, REPOSITORY, TEACHERS, VIT_ARMS, Study, is_folder
 
 NOTEBOOKS = REPOSITORY / "notebooks"
@@ -178,8 +178,8 @@ def run_for_scene(title, name, study, options):
     parameters = {"scene": study.given, **_common(study), **extra.get(name, {})}
     inputs = [path for need in NEEDS[name] for path in outputs_of(study, need)]
     described = {**study.describe(), "files": stages.files_digest(study)}
-    run_notebook(title, name, parameters, study.notebooks_folder / f"{name}.ipynb", inputs, outputs_of(study, name),
-                 described, options.verbose)  # fmt: skip
+    run_notebook(title, name, parameters, study.notebooks_folder / f"{name}.ipynb", inputs,
+                 partial(outputs_of, study, name), described, options.verbose)  # fmt: skip
 
 
 def run_summary(title, name, studies, options):
@@ -190,23 +190,29 @@ def run_summary(title, name, studies, options):
     parameters = {"scene": "all" if is_default else ",".join(s.given for s in studies), **_common(study),
                   **extra.get(name, {})}  # fmt: skip
     inputs = [path for s in studies for need in NEEDS[name] for path in outputs_of(s, need)]
-    folder = study.figures_folder("all" if is_default else "+".join(s.scene for s in studies))
-    run_notebook(title, name, parameters, study.workspace / "runs" / "notebooks" / f"{name}.ipynb", inputs,
-                 [folder / SUMMARIES[name]], [s.describe() for s in studies], options.verbose)  # fmt: skip
+    if name == "06_results":  # shows what other seeds change
+        inputs += sorted(study.runs_folder.glob("*-seed*/metrics.json"))
+    chosen = "all" if is_default else "+".join(s.scene for s in studies)
+    folder, copies = study.figures_folder(chosen), study.workspace / "runs" / "notebooks" / study.title(chosen)
+    run_notebook(title, name, parameters, copies / f"{name}.ipynb", inputs,
+                 lambda: [folder / SUMMARIES[name]], [s.describe() for s in studies], options.verbose)  # fmt: skip
 
 
 def outputs_of(study, notebook):
-    """The manifests that a notebook leaves for the stages after it."""
+    """The manifests and tensors that a notebook leaves for the stages after it."""
     arms = {"04_cnn_students": CNN_ARMS, "05_vit_students": VIT_ARMS}.get(notebook, ())
     return {
-        "01_scenes": [study.frames_folder / scenes.MANIFEST],
-        "02_dust3r_labels": [study.labels_folder / "pairs.json"],
-        "03_alignment": [study.labels_folder / "labels.json"],
-    }.get(notebook) or [study.run_folder(arm) / "metrics.json" for arm in arms if arm in study.arms]
+        "01_scenes": [study.frames_folder / scenes.MANIFEST, study.frames_folder / scenes.TENSORS],
+        "02_dust3r_labels": [study.labels_folder / "pairs.json", *sorted(study.labels_folder.glob("pairs-*"))],
+        "03_alignment": [study.labels_folder / "labels.json", study.labels_folder / stages.LABELS],
+    }.get(notebook) or [study.run_folder(arm) / name for arm in arms if arm in study.arms
+                        for name in ("metrics.json", "student.safetensors", evaluation.PREDICTIONS)]  # fmt: skip
 
 
 def run_notebook(title, name, parameters, copy, inputs, outputs, described, verbose=False):
     """Execute one notebook, or skip it when its copy, inputs and outputs are those of a finished run.
+
+    ``outputs`` is asked for their paths before the notebook runs and afterwards.
 
     Raises:
         StageFailed: a cell failed; the message says which and why, and the copy holds the whole story.
@@ -215,7 +221,7 @@ def run_notebook(title, name, parameters, copy, inputs, outputs, described, verb
     settings = {"notebook": code_digest(source), "package": package_digest(), "parameters": parameters,
                 "study": described, "inputs": _digests(inputs)}  # fmt: skip
     if copy.exists() and artefacts.manifest_matches(stamp, settings):
-        if artefacts.read_json(stamp)["outputs"] == _digests(outputs):
+        if artefacts.read_json(stamp)["outputs"] == _digests(outputs()):
             say(f"{title}: finished before, skipped")
             return
     say(title)
@@ -231,10 +237,10 @@ def run_notebook(title, name, parameters, copy, inputs, outputs, described, verb
     except Exception as error:  # a kernel that died, say for want of memory
         raise StageFailed(f"{name}.ipynb: {type(error).__name__}: {error}\n"
                           f"        executed so far: {copy}") from error  # fmt: skip
-    missing = [str(path) for path in outputs if not path.exists()]
+    missing = [str(path) for path in outputs() if not path.exists()]
     if missing:
         raise StageFailed(f"{name}.ipynb ran but left out {', '.join(missing)}")
-    artefacts.write_json(stamp, {"settings": settings, "outputs": _digests(outputs)})
+    artefacts.write_json(stamp, {"settings": settings, "outputs": _digests(outputs())})
     say(f"{title}: {time.time() - started:.0f} s")
 
 
@@ -278,7 +284,9 @@ def _common(study):
 
 
 def _digests(paths):
-    return {str(path): artefacts.file_digest(path) if path.exists() else None for path in paths}
+    """What tells whether files are the same: their bytes, or of tensors, which are large, whether they are there."""
+    return {str(path): path.exists() and (path.suffix == ".safetensors" or artefacts.file_digest(path))
+            for path in paths}  # fmt: skip
 
 
 def _path(text):

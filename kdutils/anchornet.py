@@ -70,7 +70,7 @@ class AnchorHead(nn.Module):
     def place(self, points):
         """Put the anchors where the labelled points ``(M, 3)`` are, in the head's unit."""
         few = points[torch.linspace(0, len(points) - 1, min(len(points), 20_000)).long()]
-        centres, _ = kmeans2(few.double().cpu().numpy(), ANCHORS, minit="++", rng=0, missing="warn")
+        centres, _ = kmeans2(few.cpu().double().numpy(), ANCHORS, minit="++", rng=0, missing="warn")
         self.anchors.copy_(torch.from_numpy(centres))
 
     def forward(self, features):

@@ -128,6 +128,15 @@ def read_tensors(path):
         raise ArtefactError(f"{path}: unreadable ({error}); delete it and run the stage that writes it") from error
 
 
+def is_whole(path):
+    """Whether ``read_tensors`` can read a file. It maps the arrays and reads the header only."""
+    try:
+        read_tensors(path)
+    except ArtefactError:
+        return False
+    return True
+
+
 def release(array):
     """Give back the memory of what was read of a memory-mapped array; it is read from the file again when needed."""
     mapped = getattr(array, "_mmap", None)

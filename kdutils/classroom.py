@@ -52,15 +52,24 @@ class Classroom:
         if training.RANK > 0:
             return None
         settings = {"student": manifest["settings"], "preset": study.describe(), "measured_by": evaluation.VERSION}
-        if not artefacts.manifest_matches(folder / "metrics.json", settings):
+        if not self._is_measured(folder, settings):
             artefacts.discard(folder / "metrics.json")
-            evaluation.keep_predictions(student, self.examples.images[self.test], folder / "predictions.safetensors")
+            evaluation.keep_predictions(student, self.examples.images[self.test], folder / evaluation.PREDICTIONS)
             metrics = {"settings": settings, **self.measure(name, student, manifest)}
             artefacts.write_json(folder / "metrics.json", metrics)
         metrics = artefacts.read_json(folder / "metrics.json")
         print(f"{name}: {metrics['training']['steps']} steps in {metrics['timing']['train_seconds']:.0f} s, "
               f"test MSE {metrics['against_teacher']['mse']:.4f} m²")  # fmt: skip
         return metrics
+
+    @staticmethod
+    def _is_measured(folder, settings):
+        """Whether predictions and metrics are there, the camera included where it can be located by now."""
+        metrics = folder / "metrics.json"
+        if not artefacts.manifest_matches(metrics, settings) or not artefacts.is_whole(folder / evaluation.PREDICTIONS):
+            return False
+        located = artefacts.read_json(metrics)["localisation"]
+        return not (located and np.isnan(located["translation"]) and localisation.available())
 
     def measure(self, name, student, manifest):
         """The metrics of one trained arm on the test frames, against the labels and against the depth camera."""
@@ -128,7 +137,8 @@ class Classroom:
 
     @cached_property
     def _mean_point(self):
-        return self.labels.points[self.train][self.labels.valid[self.train]].mean(0, keepdims=True)
+        points = self.labels.points[self.train][self.labels.valid[self.train]]
+        return points.mean(0, keepdims=True, dtype=np.float64)  # float32 loses the count of a hundred million
 
     @cached_property
     def span(self):
@@ -155,7 +165,7 @@ class Classroom:
         On request the logarithm of their uncertainty comes along; None where there is none, or nothing taught it.
         """
         folder = self.study.run_folder(name)
-        points, log_scale = evaluation.read_predictions(folder / "predictions.safetensors")
+        points, log_scale = evaluation.read_predictions(folder / evaluation.PREDICTIONS)
         if not with_scale:
             return points
         loss = artefacts.read_json(folder / "student.json")["settings"]["plan"]["recipe"]["loss"]
@@ -208,11 +218,12 @@ def comparison(classroom, arms, most=1, with_rays=False):
 
 def keep_rows(path, study, arms):
     """Add the rows of trained arms to those in a JSON file; one of the same arm, labels and minutes gives way."""
-    rows = artefacts.read_json(path) if path.exists() else []
-    rows += [row for row in reporting.without_ablations(reporting.collect(study)) if row["arm"] in arms]
     names = ("scene", "teacher", "stereo", "preset", "seed", "arm")
-    by_run = {(*(row.get(name, False) for name in names), round(row["train_seconds"] / 60)): row for row in rows}
-    artefacts.write_json(path, list(by_run.values()))
+    with artefacts.alone(path):
+        rows = artefacts.read_json(path) if path.exists() else []
+        rows += [row for row in reporting.without_ablations(reporting.collect(study)) if row["arm"] in arms]
+        by_run = {(*(row.get(name, False) for name in names), round(row["train_seconds"] / 60)): row for row in rows}
+        artefacts.write_json(path, list(by_run.values()))
 
 
 def keep_results(folder, rows, claims, over_seeds, studies):
@@ -221,10 +232,11 @@ def keep_results(folder, rows, claims, over_seeds, studies):
         found = [row for row in rows if row["scene"] == study.scene]
         _keep(results_plot(study, found), folder / f"results_{study.scene.replace('/', '_')}.png")
     first = studies[0].scene  # which has the ablations
-    groups = reporting.ablation_groups([row for row in rows if row["scene"] == first])
+    there = [row for row in rows if row["scene"] == first]
+    groups = reporting.ablation_groups(there)
     if groups:
         _keep(figures.ablations(groups), folder / f"ablations_{first.replace('/', '_')}.png")
-    _keep(figures.cost_against_error(reporting.without_ablations(rows)), folder / "cost_against_error.png")
+    _keep(figures.cost_against_error(reporting.without_ablations(there)), folder / "cost_against_error.png")
     artefacts.write_json(folder / "claims.json", claims)
     artefacts.write_json(folder / "seeds.json", over_seeds)
     reporting.write_table(rows, folder / "results")

@@ -72,6 +72,11 @@ def download(name, folder, accept_licence=None, base_url=BASE_URL, ask=input):
         raise DownloadError(target, "in the way, and holds no scene", "move it away and try again")
     folder.mkdir(parents=True, exist_ok=True)
     _agree(folder, accept_licence, ask)
+    with artefacts.alone(target):
+        return target if find_scenes(target) else _fetched(url, part, target)
+
+
+def _fetched(url, part, target):
     fetch(url, part)
     try:
         unpack(part, target)

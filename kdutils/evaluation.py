@@ -15,6 +15,7 @@ from kdutils.parallel import in_threads
 from kdutils.training import half_precision, predict
 
 VERSION = 2  # raise it when a student's metrics are measured otherwise: those on disk are then measured anew
+PREDICTIONS = "predictions.safetensors"  # of an arm for the test frames, in its folder
 BANDS_CM = (5, 10)
 SAME_PLACE = 0.05  # metres: the side of the cubes in which points count as of one place, or of neighbouring ones
 
@@ -191,7 +192,7 @@ def read_predictions(path):
 
 def mean_point_errors(train_points, truth, mask):
     """The baseline that every student must beat: the mean labelled training point ``(M, 3)``, for every pixel."""
-    return point_errors(np.broadcast_to(train_points.mean(0), truth.shape), truth, mask)
+    return point_errors(np.broadcast_to(train_points.mean(0, dtype=np.float64), truth.shape), truth, mask)
 
 
 def _lines(path):

@@ -231,46 +231,43 @@ def results(rows, baseline=None, paper=None):
 
 
 def cost_against_error(rows):
-    """Each student's size and latency against its median error to the depth camera, all axes logarithmic."""
+    """Each student's size and latency against its median error to the depth camera, all axes logarithmic.
+
+    Arms of one network are the same to run, so that the fewest milliseconds of them are the latency of all.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4), layout="constrained", sharey=True)
-    markers = {scene: mark for scene, mark in zip(sorted({row["scene"] for row in rows}), "osD^vP*")}
-    for row in rows:
-        look = _look(row["arm"]) | {"marker": markers.get(row["scene"], "o")}
-        for axis, cost in zip(axes, ("megabytes", "latency_ms")):
-            axis.plot(row[cost], 100 * row["depth_median"], **look)
+    networks = [(ARMS[row["arm"]].backbone, ARMS[row["arm"]].patch) for row in rows]
+    for row, network in zip(rows, networks):
+        latency = min(other["latency_ms"] for other, its in zip(rows, networks) if its == network)
+        for axis, cost in zip(axes, (row["megabytes"], latency)):
+            axis.plot(cost, 100 * row["depth_median"], **_look(row["arm"]))
     axes[0].set(xlabel="size in MB at 32 bits", ylabel="median error to depth in cm", xscale="log", yscale="log")
     axes[1].set(xlabel="latency in ms for one image", xscale="log")
     for scale in (axes[0].xaxis, axes[0].yaxis, axes[1].xaxis):
         plain_ticks(scale)
-    scenes = [Line2D([], [], color="black", marker=mark, ls="", label=scene) for scene, mark in markers.items()]
-    axes[1].legend(handles=[*scenes, *_legend(rows)], frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1),
-                   loc="upper left")  # fmt: skip
+    axes[1].legend(handles=_legend(rows), frameon=False, fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     return figure
 
 
-def open_questions(pruned, learned, apart):
-    """Three panels: fewer weights, fewer training images, and images of other rooms.
+def open_questions(pruned, apart, limit):
+    """Two panels: fewer weights, and images of other rooms.
 
     Args:
-        pruned: maps arms to test MSEs in m² by the share of weights that is left out; learned: an arm's to those by the
-            number of its training images. apart: maps places to distances in cm, one an image.
+        pruned: maps arms to test MSEs in m² by the share of weights that is left out. apart: maps places to distances
+            from the rays in cm, one an image. limit: the distance above which an image counts as of elsewhere.
     """
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
     for arm, by_share in pruned.items():
         shares = [100 * share for share in by_share]
         left.plot(shares, list(by_share.values()), "o-", ms=4, color=_colour(arm), label=arm)
     left.set(xlabel="weights left out in %", ylabel="test MSE in m² per coordinate", yscale="log")
     left.legend(frameon=False, fontsize=8)
-    for arm, by_count in learned.items():
-        middle.plot(list(by_count), list(by_count.values()), "o-", ms=4, color=_colour(arm), label=arm)
-        middle.set(xlabel="training images", xscale="log", ylim=(0, None))
-        middle.set_xticks(list(by_count), list(by_count))
-        middle.xaxis.set_minor_formatter(NullFormatter())
-    middle.legend(frameon=False, fontsize=8)
-    for place, distances in apart.items():
-        right.ecdf(distances, label=place)
-    right.set(xlabel="points off their rays, cm (median of an image)", ylabel="share of the images", xscale="log")
-    right.legend(frameon=False, fontsize=8)
+    for place, distances, shade in zip(apart, apart.values(), ("#222222", "#7a7a7a", "#a8a8a8", "#cccccc")):
+        right.ecdf(distances, label=place, color=shade, lw=2)
+    right.axvline(limit, color=TEST, lw=1, ls="--", label="limit")
+    right.set(xlabel="an image's points off their rays: median in cm", ylabel="share of the images below",
+              xscale="log")  # fmt: skip
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     for scale in (left.yaxis, right.xaxis):
         plain_ticks(scale)
     return figure
@@ -284,21 +281,33 @@ def plain_ticks(axis):
 
 
 def ablations(groups):
-    """Test MSE on a logarithmic axis, one panel a group; ``groups`` maps a title to settings and their MSE in m²."""
+    """Test MSE on a logarithmic axis, one panel a group; see ``reporting.ablation_groups``."""
     counts = [len(group) for group in groups.values()]
-    figure, axes = plt.subplots(len(groups), 1, figsize=(7.5, 0.27 * sum(counts) + 0.45 * len(groups) + 0.6),
+    figure, axes = plt.subplots(len(groups), 1, figsize=(7.5, 0.27 * sum(counts) + 0.45 * len(groups) + 0.8),
                                 layout="constrained", squeeze=False, sharex=True, height_ratios=counts)  # fmt: skip
     for axis, (title, group) in zip(axes[:, 0], groups.items()):
-        axis.plot(list(group.values()), list(group), "o", color=TRAIN)
-        for setting, mse in group.items():
-            axis.annotate(f"{mse:.3f}", (mse, setting), (8, 0), textcoords="offset points", va="center", fontsize=8)
+        for setting, by_start in group.items():
+            for start, mse in by_start.items():
+                axis.plot([mse], [setting], **_start_look(start))
+            if len(by_start) == 1:
+                axis.annotate(f"{mse:.3f}", (mse, setting), (8, 0), textcoords="offset points", va="center", fontsize=8)
         axis.set_title(title, fontsize=9, loc="left")
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", color="#e3e6ea", lw=0.8)
+        axis.set_axisbelow(True)
         axis.set_ylim(len(group) - 0.4, -0.6)
+    starts = dict.fromkeys(start for group in groups.values() for by_start in group.values() for start in by_start)
+    figure.legend(handles=[Line2D([], [], label=start, **_start_look(start)) for start in starts], frameon=False,
+                  fontsize=8, loc="outside upper right", ncols=len(starts))  # fmt: skip
     axes[-1, 0].set(xlabel="test MSE in m² per coordinate", xscale="log")
     axes[-1, 0].margins(x=0.15)
     return figure
+
+
+def _start_look(start):
+    """A marker whose filling tells the start; a cross for random weights that stay as they are."""
+    look = {"color": TRAIN, "marker": "o", "ls": "", "markersize": 6, "markerfacecoloralt": "white"}
+    return look | ({"fillstyle": FILLINGS[start]} if start in FILLINGS else {"marker": "x"})
 
 
 def thin(points, colours, most=MOST_POINTS, seed=0):

@@ -51,8 +51,8 @@ class PairShards:
     def among(self, images):
         """The ``PairPointmaps`` of all pairs between these images, which are numbered anew in ascending order."""
         images = np.unique(images)
-        parts = [[array[np.isin(shard.pairs, images).all(axis=1)] for array in shard] for shard in self]
-        pairs, *maps = (np.concatenate(arrays) for arrays in zip(*parts))
+        wanted = np.flatnonzero(np.isin(self.pairs, images).all(axis=1))
+        pairs, *maps = (np.concatenate(arrays) for arrays in zip(*map(self.answer, wanted)))
         return PairPointmaps(np.searchsorted(images, pairs), *maps)
 
 
@@ -78,11 +78,12 @@ def label_pairs(teacher, pairs, size, folder, inputs, pairs_per_shard=None, prog
     per_shard = pairs_per_shard or _fitting_shard(teacher, size)
     settings = {**teacher.settings(), "inputs": inputs, "graph": artefacts.digest(pairs.tolist()),
                 "pairs_per_shard": per_shard}  # fmt: skip
-    if artefacts.manifest_matches(folder / "pairs.json", settings):
-        return PairShards(folder)
-    _start_or_resume(folder, settings)
     chunks = [pairs[k : k + per_shard] for k in range(0, len(pairs), per_shard)]
-    todo = [k for k in range(len(chunks)) if not is_whole(shard_path(folder, k))]
+    if not artefacts.manifest_matches(folder / "pairs.json", settings):
+        _start_or_resume(folder, settings)
+    todo = [k for k in range(len(chunks)) if not artefacts.is_whole(shard_path(folder, k))]
+    if not todo and artefacts.manifest_matches(folder / "pairs.json", settings):
+        return PairShards(folder)
     left = sum(len(chunks[k]) for k in todo)
     _check_disk(folder, disk_bytes(left, size) + teacher.scratch_bytes(np.unique(pairs)), left)
     bar = progress(total=len(pairs), initial=len(pairs) - left) if progress else None
@@ -135,14 +136,6 @@ def read_shard(path, some=slice(None)):
     """The ``PairPointmaps`` of a shard in float32, or of some of its pairs; only those are read."""
     arrays = {name: array[some] for name, array in artefacts.read_tensors(path).items()}
     return PairPointmaps(**{name: a.astype(np.float32) if a.dtype.kind == "f" else a for name, a in arrays.items()})
-
-
-def is_whole(path):
-    try:
-        artefacts.read_tensors(path)  # maps the arrays and reads the header only
-    except artefacts.ArtefactError:
-        return False
-    return True
 
 
 def _start_or_resume(folder, settings):

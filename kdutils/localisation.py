@@ -79,15 +79,15 @@ def settle(pose, points, intrinsics, mask=None, log_scale=None):
     for _ in range(SETTLING_ROUNDS):  # Gauss-Newton with the weights of the round before
         along = rays @ pose[:3, :3].T
         seen = chosen - pose[:3, 3]
-        depth = (seen * along).sum(-1, keepdims=True)
-        off = seen - depth * along
+        depth = (seen * along).sum(-1)
+        off = seen - depth[:, None] * along
         error = precision * (off**2).sum(-1)
         weight = precision / (1 + error / max(np.quantile(error, TYPICAL), 1e-12))
-        across = along[:, :, None] * along[:, None] - np.eye(3)  # what moving the camera does to ``off``
-        turning = depth[..., None] * np.cross(along[:, None], np.eye(3)).swapaxes(1, 2)  # what turning it does
-        slope = np.concatenate([across, turning], -1).reshape(-1, 6)
-        pull = slope.T * weight.repeat(3)
-        step = np.linalg.lstsq(pull @ slope, -pull @ off.ravel())[0]
+        # Moving the camera takes (I - a a^T) from ``off``, turning it adds depth [a]x: their products, summed up.
+        moving, turning = (each.sum() * np.eye(3) - along.T * each @ along for each in (weight, weight * depth**2))
+        both = np.cross(weight * depth @ along, np.eye(3))
+        pull = np.concatenate([weight @ off, weight * depth @ np.cross(along, off)])
+        step = np.linalg.lstsq(np.block([[moving, both], [both.T, turning]]), pull)[0]
         pose[:3, 3] += step[:3]
         pose[:3, :3] = Rotation.from_rotvec(step[3:]).as_matrix() @ pose[:3, :3]
         if np.abs(step).max() < SETTLED:

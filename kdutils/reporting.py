@@ -22,6 +22,7 @@ COLUMNS = ("scene", "teacher", "preset", "seed", "arm", "weights", "mse", "mean_
            "half_megabytes", "latency_ms", "train_seconds", "train_images_per_second", "machine")  # fmt: skip
 TABLE = ("scene", "student", "MSE m²", "on rays m²", "median cm", "within 10 cm", "to depth cm", "camera cm",
          "within 5 cm, 5°", "MB", "ms", "trained s")  # fmt: skip
+RANDOM = "frozen, random weights"  # a start for comparison
 BRIEF_TABLE = tuple(name for name in TABLE if name not in ("within 10 cm", "within 5 cm, 5°", "trained s"))
 
 
@@ -34,14 +35,21 @@ def paper_mse(scene):
 def collect(study):
     """The study's finished arms on its scene, one flat row each, in the order of ``settings.ARMS``.
 
-    A student that learned by another plan than the study's, or was measured by an earlier version, does not count.
+    A student that learned by another plan than the study's or from other labels than those on disk, or was measured by
+    an earlier version, does not count.
     """
     paths = {arm: study.run_folder(arm) / "metrics.json" for arm in ARMS}
     found = {arm: artefacts.read_json(path) for arm, path in paths.items() if path.exists()}
-    plans = {arm: artefacts.digest(asdict(plan_for(study, ARMS[arm]))) for arm in found}
-    return [_row(metrics) for arm, metrics in found.items()
-            if artefacts.digest(metrics["settings"]["student"]["plan"]) == plans[arm]
-            and metrics["settings"].get("measured_by") == evaluation.VERSION]  # fmt: skip
+    labels = study.labels_folder / "labels.json"
+    labels = artefacts.digest(artefacts.read_json(labels)["settings"]) if labels.exists() else None
+
+    def is_current(arm, settings):
+        plan = artefacts.digest(asdict(plan_for(study, ARMS[arm])))
+        return (artefacts.digest(settings["student"]["plan"]) == plan
+                and labels in (None, settings["student"].get("inputs"))
+                and settings.get("measured_by") == evaluation.VERSION)  # fmt: skip
+
+    return [_row(metrics) for arm, metrics in found.items() if is_current(arm, metrics["settings"])]
 
 
 def over_seeds(study):
@@ -273,32 +281,36 @@ def _frozen_pairs():
 
 
 def ablation_groups(rows):
-    """Test MSE by one setting at a time, for one scene's rows: a title to a mapping of settings to m².
+    """Test MSE by one setting at a time, for one scene's rows: a title to settings, and these to m² by start.
 
     An arm that should have been pretrained and was not is left out.
     """
     mse = {row["arm"]: row["mse"] for row in rows if not row["unpretrained"]}
     steps = {row["arm"]: row["steps"] for row in rows}
     groups = {
-        **{f"ViT, {start}: patch": {str(patch): f"vit{patch}-{start}" for patch in (16, 32, 64)} for start in STARTS},
-        "ViT, patch 16: start": {start: f"vit16-{start}" for start in STARTS},
-        "MobileNet: start": {start: f"mobilenet-{start}" for start in STARTS},
-        "Frozen backbone: pretrained or random": dict(
-            item for name, frozen, random in _frozen_pairs() for item in ((name, frozen), (f"{name}, random", random))),
-        "MobileNet frozen, half the budget: loss": {ARMS[arm].loss: arm for arm in ABLATION_ARMS if ARMS[arm].loss},
+        "Backbone, patch and start": {
+            name: {**{start: f"{name}-{start}" for start in STARTS}, RANDOM: random}
+            for name, _, random in _frozen_pairs()
+        },
+        "MobileNet frozen, half the budget: loss": {
+            ARMS[arm].loss: {"frozen": arm} for arm in ABLATION_ARMS if ARMS[arm].loss
+        },
         "MobileNet frozen: steps": _by_budget("mobilenet", "frozen", RECIPES["frozen"].loss, steps),
         "AnchorNet unfrozen: steps": _by_budget("anchornet", "unfrozen", RECIPES["anchornet"].loss, steps),
-    }  # fmt: skip
-    found = {title: {setting: mse[arm] for setting, arm in group.items() if arm in mse}
-             for title, group in groups.items()}  # fmt: skip
-    return {title: group for title, group in found.items() if len(group) > 1}
+    }
+    found = {}
+    for title, group in groups.items():
+        trained = {name: {start: mse[arm] for start, arm in arms.items() if arm in mse} for name, arms in group.items()}
+        if sum(map(len, trained.values())) > 1:  # one alone is compared with nothing
+            found[title] = {name: by_start for name, by_start in trained.items() if by_start}
+    return found
 
 
 def _by_budget(backbone, start, loss, steps):
-    """Arms that differ by their budgets alone, by the steps that they took."""
+    """Arms that differ by their budgets alone, by the steps that they took and their start."""
     arms = [arm for arm in ARMS.values() if (arm.backbone, arm.start, arm.weights) == (backbone, start, None)]
     alike = sorted((arm.budget, arm.name) for arm in arms if arm.loss in (None, loss))
-    return {f"{steps[name]}": name for _, name in alike if name in steps}
+    return {f"{steps[name]}": {start: name} for _, name in alike if name in steps}
 
 
 def located(row):

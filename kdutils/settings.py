@@ -292,7 +292,11 @@ class Study:
         root = self.data / "figures" if os.environ.get("KDUTILS_DATA") else REPOSITORY / "figures"
         if scenes == "all" and self.describe() == Study(self.scene).describe():
             return root
-        return root / "-".join([self.preset_name, self.teacher, f"seed{self.seed}", scenes.replace("/", "_")])
+        return root / self.title(scenes)
+
+    def title(self, scenes="all"):
+        """What tells this study of some scenes from all others, as a folder's name."""
+        return "-".join([self.preset_name, self.teacher, f"seed{self.seed}", scenes.replace("/", "_")])
 
     @property
     def arms(self):
@@ -316,8 +320,13 @@ def scene_name(scene, scenes_folder):
 
     A folder of one's own that is called like a sample room, or lies in a building of 12Scenes, takes its parent's name
     along, so that rooms stay apart.
+
+    Raises:
+        ValueError: the path of a folder that is not there.
     """
     if not is_folder(scene):
+        if Path(scene).is_absolute() or ".." in Path(scene).parts:
+            raise ValueError(f"{scene}: no such folder. Give a scene's folder, or a name such as kitchen, apt1/living")
         return str(scene)
     folder = Path(scene).resolve()
     if folder.is_relative_to(scenes_folder):

@@ -16,6 +16,8 @@ from kdutils.alignment import completion, consistency, photometric, stereo
 from kdutils.alignment.posing import Posed
 from kdutils.settings import is_folder
 
+LABELS = "labels.safetensors"  # what ``align`` leaves, in the study's labels folder
+
 Labels = namedtuple("Labels", "points confidence valid completed depth earlier report digest")
 Labels.__doc__ = """World pointmaps (N, H, W, 3) in metres; confidence, valid, completed, depth along z, each (N, H, W).
 
@@ -136,7 +138,8 @@ def align(study):
     settings = {"pairs": shards.manifest["settings"], "min_confidence": study.preset.min_confidence,
                 "alignment": alignment.VERSION, "assisted": assisted}  # fmt: skip
     with artefacts.alone(study.labels_folder):
-        if not artefacts.manifest_matches(manifest, settings):
+        whole = artefacts.is_whole(study.labels_folder / LABELS)
+        if not (whole and artefacts.manifest_matches(manifest, settings)):
             _align(study, shards, manifest, settings)
     return labels(study)
 
@@ -166,7 +169,7 @@ def _align(study, shards, manifest, settings):
             )  # fmt: skip
             tensors["completed"] |= found
     artefacts.discard(manifest)
-    artefacts.write_tensors(study.labels_folder / "labels.safetensors", tensors)
+    artefacts.write_tensors(study.labels_folder / LABELS, tensors)
     artefacts.write_json(manifest, {"settings": settings, "report": {**aligned.report, **report}})
 
 
@@ -174,15 +177,15 @@ def labels(study):
     """What stage 03 aligned."""
     if not (study.labels_folder / "labels.json").exists():
         raise MissingStage(f"{study.labels_folder}: no labels. Run notebook 03 for scene {study.scene} first.")
-    manifest = artefacts.read_json(study.labels_folder / "labels.json")
+    manifest, taken = artefacts.read_json(study.labels_folder / "labels.json"), frames(study)
     if manifest["settings"]["pairs"]["inputs"] != artefacts.file_digest(study.frames_folder / scenes.MANIFEST):
         raise MissingStage(f"{study.labels_folder}: these labels are of other frames than those that notebook 01 left. "
                            f"Run notebooks 02 and 03 for scene {study.scene} again.")  # fmt: skip
-    kept = artefacts.read_tensors(study.labels_folder / "labels.safetensors")
+    kept = artefacts.read_tensors(study.labels_folder / LABELS)
     earlier = {name: kept[name] for name in ("aligned", "refined") if name in kept}
     valid = np.array(kept["valid"])
     completed = np.array(kept["completed"]) if "completed" in kept else np.zeros_like(valid)
-    return Labels(_in_world(frames(study), kept["depth"]), kept["confidence"], valid, completed, kept["depth"],
+    return Labels(_in_world(taken, kept["depth"]), kept["confidence"], valid, completed, kept["depth"],
                   earlier, manifest["report"], artefacts.digest(manifest["settings"]))  # fmt: skip
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.constants import ENDPOINT as HF_ENDPOINT
+from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import nn
@@ -302,6 +303,7 @@ def find_weights(arm, weights="auto", vit_blocks=12):
 
     Raises:
         FileNotFoundError: a file or folder was given and does not hold them.
+        ValueError: the file is damaged, or of another network.
         shipped.ShippedError: the shipped ones are damaged.
     """
     name = TIMM_MODELS.get(arm.backbone)
@@ -318,8 +320,22 @@ def find_weights(arm, weights="auto", vit_blocks=12):
         path = path / f"{name}.safetensors" if path.is_dir() else path
         if not path.is_file() or path.suffix != ".safetensors":
             raise FileNotFoundError(f"{path}: no such weights. Give {name}.safetensors or a folder that holds it.")
+        _check_weights(path, name)
         return Weights("file", f"pretrained, {path.name}", str(path))
     return _from_the_study(backbone_name(arm), vit_blocks)
+
+
+def _check_weights(path, name):
+    """timm would leave random what a file of ViT weights lacks."""
+    try:
+        with safe_open(path, "pt") as file:
+            there = {*file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: unreadable ({error}). Download timm's {name}.safetensors again.") from error
+    missing = {weights for weights, _ in timm.create_model(name, num_classes=0).named_parameters()} - there
+    if missing:
+        raise ValueError(f"{path}: not the weights of {name}, {len(missing)} are missing, {min(missing)} for one. Give "
+                         f"timm's {name}.safetensors.")  # fmt: skip
 
 
 def backbone_name(arm):

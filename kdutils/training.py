@@ -112,8 +112,9 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
                 "split": artefacts.digest([np.asarray(part).tolist() for part in (train_index, validation_index)]),
                 "weights_digest": origin.path and artefacts.file_digest(origin.path)}  # fmt: skip
     student.to(study.device, memory_format=torch.channels_last)  # also when found: other layouts round otherwise
-    if artefacts.manifest_matches(folder / "student.json", settings):
-        student.load_state_dict(load_file(folder / "student.safetensors", device=str(study.device)))
+    kept = folder / "student.safetensors"
+    if artefacts.manifest_matches(folder / "student.json", settings) and artefacts.is_whole(kept):
+        student.load_state_dict(load_file(kept, device=str(study.device)))
         return student.eval(), artefacts.read_json(folder / "student.json")
     if arm.start != "scratch":
         print(f"{arm.name}: starts from {origin.note}")
@@ -127,7 +128,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
     if RANK == 0:
         for stale in ("metrics.json", "student.json", "student.onnx", "student-8bit.onnx"):
             artefacts.discard(folder / stale)
-        save_student(student, folder / "student.safetensors")
+        save_student(student, kept)
         artefacts.write_json(folder / "student.json", manifest)
         run.state_path.unlink(missing_ok=True)
     return student.eval(), manifest

@@ -76,6 +76,36 @@ def test_what_an_earlier_version_measured_is_measured_anew(scene, tmp_path, monk
     assert (folder / "student.json").stat().st_mtime_ns == taught
 
 
+def test_files_that_went_missing_are_made_again(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--arms", "cnn-scratch"]
+    classroom.main(given)
+    study = settings.Study(str(scene), "smoke", "depth")
+    run = study.run_folder("cnn-scratch")
+    files = [study.frames_folder / "frames.json", study.labels_folder / "pairs-00000.safetensors",
+             study.labels_folder / "labels.safetensors", run / "predictions.safetensors",
+             run / "student.safetensors"]  # fmt: skip
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+        classroom.main(given)
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_cameras_are_located_once_that_has_become_possible(scene, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))
+    given = [str(scene), "--preset", "smoke", "--teacher", "depth", "--arms", "cnn-scratch"]
+    with monkeypatch.context() as without_poselib:
+        without_poselib.setattr(classroom.localisation, "available", lambda: False)
+        classroom.main(given)
+    path = settings.Study(str(scene), "smoke", "depth").run_folder("cnn-scratch") / "metrics.json"
+    assert np.isnan(artefacts.read_json(path)["localisation"]["translation"])
+    classroom.main(given)
+    assert artefacts.read_json(path)["localisation"]["translation"] > 0
+
+
 def test_rows_are_kept_beside_those_of_other_runs(scene, tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path / "data"))
     monkeypatch.setitem(settings.PRESETS, "smoke", replace(settings.PRESETS["smoke"], size=SIZE, steps=1))

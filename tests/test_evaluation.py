@@ -97,6 +97,12 @@ WORLD = box_world(3)
 BOTH_WAYS = np.array([[0, 1], [1, 0], [0, 2], [2, 0]])
 
 
+def test_mean_point_of_many_points_is_not_rounded_away():
+    many = np.full((1_000_000, 3), 100.1, np.float32)  # in single precision their sum stands still at times
+    truth = many[:6].reshape(1, 2, 3, 3)
+    assert evaluation.mean_point_errors(many, truth, np.ones((1, 2, 3), bool))["mse"] < 1e-9
+
+
 def perfect(scale=1.0):
     """A teacher's answers without error, at any scale, and the arguments that go with them."""
     said = DepthTeacher(WORLD)(BOTH_WAYS)

@@ -29,6 +29,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.ipynb"))
 PARAMETERS = {"scene", "preset", "teacher", "device", "seed", "checkpoint", "weights"}
 MINUTES = 60
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 def by_name(path):
@@ -81,7 +82,7 @@ def study(tmp_path_factory):
 
 def executed(data):
     runs = data / "smoke" / "runs"
-    return sorted(runs.glob("kitchen/compact/notebooks/*.ipynb")) + sorted(runs.glob("notebooks/*.ipynb"))
+    return sorted(runs.glob("kitchen/compact/notebooks/*.ipynb")) + sorted(runs.glob("notebooks/*/*.ipynb"))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=by_name)
@@ -180,6 +181,12 @@ def test_second_run_repeats_nothing(study):
 
 def test_killed_and_interrupted_study_finishes_with_the_same_results(study, tmp_path):
     reference, _ = study
+    # Most students are found as they were left, which takes a third of the time of teaching all of them again.
+    shutil.copytree(reference, tmp_path, dirs_exist_ok=True)
+    again = ("cnn-scratch", "mobilenet-frozen", "vit16-frozen", "anchornet-unfrozen", "notebooks")
+    lost = [f"runs/kitchen/compact/{name}" for name in again]
+    for folder in ("labels", "runs/notebooks", *lost):
+        shutil.rmtree(tmp_path / "smoke" / folder)
     process = driver(tmp_path)
     wait_for(tmp_path / "smoke" / "labels/kitchen/compact/started.json", process)
     process.send_signal(signal.SIGKILL)
@@ -261,15 +268,14 @@ def test_nbval_notices_a_wrong_number_and_a_broken_cell(smoke_copies, tmp_path):
 def test_notebooks_3d_views_draw_in_a_browser(study, tmp_path):
     views = 0
     for path in executed(study[0]):
-        for cell in code_cells(path):
-            for output in cell.outputs:
-                figure = output.get("data", {}).get("application/vnd.plotly.v1+json")
-                if figure:
-                    page = tmp_path / f"{path.stem}.html"
-                    from_json(json.dumps({k: figure[k] for k in ("data", "layout")})).write_html(page)
-                    drawn = screenshot(page, page.with_suffix(".png")).min(-1) < 200
-                    assert drawn.mean() > 0.005, path.name  # an empty scene: 0.002
-                    views += 1
+        outputs = [output.get("data", {}) for cell in code_cells(path) for output in cell.outputs]
+        figures = [data[PLOTLY] for data in outputs if PLOTLY in data]
+        for figure in figures[:1]:  # a browser takes ten seconds for each
+            page = tmp_path / f"{path.stem}.html"
+            from_json(json.dumps({k: figure[k] for k in ("data", "layout")})).write_html(page)
+            drawn = screenshot(page, page.with_suffix(".png")).min(-1) < 200
+            assert drawn.mean() > 0.005, path.name  # an empty scene: 0.002
+            views += 1
     assert views >= 4
 
 

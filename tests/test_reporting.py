@@ -72,6 +72,21 @@ def test_what_learned_by_another_plan_or_was_measured_otherwise_does_not_count(r
     assert "cnn-scratch" not in {row["arm"] for row in reporting.collect(Study("kitchen", "smoke", "depth", "cpu"))}
 
 
+def test_what_learned_from_other_labels_than_those_on_disk_does_not_count(rows):
+    study = Study("kitchen", "smoke", "depth", "cpu")
+    settings = {"alignment": 1}
+    artefacts.write_json(study.labels_folder / "labels.json", {"settings": settings})
+    for arm, inputs in (("cnn-scratch", artefacts.digest(settings)), ("vit16-frozen", "others")):
+        path = study.run_folder(arm) / "metrics.json"
+        kept = artefacts.read_json(path)
+        kept["settings"]["student"]["inputs"] = inputs
+        artefacts.write_json(path, kept)
+    for other in study.runs_folder.iterdir():
+        if other.name not in ("cnn-scratch", "vit16-frozen"):
+            (other / "metrics.json").unlink()
+    assert [row["arm"] for row in reporting.collect(study)] == ["cnn-scratch"]
+
+
 def test_arms_without_the_pretraining_they_ask_for_are_marked(rows):
     marked = {"vit16-frozen", "original-mobilenet"}  # all others begin with random weights by their own choice
     assert {row["arm"] for row in rows if row["unpretrained"]} == marked
@@ -170,9 +185,10 @@ def test_a_file_whose_camera_was_not_located_has_none_in_the_table():
 
 def test_ablations_compare_what_was_trained(rows):
     assert reporting.ablation_groups(rows) == {  # none with itself alone
-        "MobileNet frozen, half the budget: loss": {"mse": 0.2, "l1": 0.02},
-        "MobileNet frozen: steps": {"25": 0.4, "100": 0.2},
-        "AnchorNet unfrozen: steps": {"200": 0.15, "1600": 0.05},
+        "Backbone, patch and start": {"anchornet": {"unfrozen": 0.15, "scratch": 0.1}},
+        "MobileNet frozen, half the budget: loss": {"mse": {"frozen": 0.2}, "l1": {"frozen": 0.02}},
+        "MobileNet frozen: steps": {"25": {"frozen": 0.4}, "100": {"frozen": 0.2}},
+        "AnchorNet unfrozen: steps": {"200": {"unfrozen": 0.15}, "1600": {"unfrozen": 0.05}},
     }
 
 
@@ -200,7 +216,7 @@ def test_frozen_backbones_are_compared_where_they_were_pretrained(rows):
     untaught = reporting.open_questions([{**frozen, "unpretrained": True}, random])
     assert asked not in {answer["question"] for answer in untaught}
     groups = reporting.ablation_groups([frozen, random])
-    assert groups["Frozen backbone: pretrained or random"] == {"vit16": 0.2, "vit16, random": 0.5}
+    assert groups == {"Backbone, patch and start": {"vit16": {"frozen": 0.2, "frozen, random weights": 0.5}}}
     assert not reporting.ablation_groups([{**frozen, "unpretrained": True}, random])
 
 
