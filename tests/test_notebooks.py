@@ -52,7 +52,7 @@ def driver(data, *arguments):
     )  # fmt: skip
 
 
-def finish(process, minutes=10):
+def finish(process, minutes=14):
     output, _ = process.communicate(timeout=minutes * MINUTES)
     return process.returncode, output
 
