@@ -102,7 +102,8 @@ def fetch(server, folder, **kwargs):
 
 
 def names(folder):
-    return sorted(entry.name for entry in folder.iterdir() if entry.name != ".12scenes-licence-accepted")
+    kept = {".12scenes-licence-accepted", ".apt1.lock"}  # a lock's file stays, the lock does not
+    return sorted(entry.name for entry in folder.iterdir() if entry.name not in kept)
 
 
 def assert_whole(folder, content=GOOD):
