@@ -191,7 +191,7 @@ def run_summary(title, name, studies, options):
                   **extra.get(name, {})}  # fmt: skip
     inputs = [path for s in studies for need in NEEDS[name] for path in outputs_of(s, need)]
     if name == "06_results":  # shows what other seeds change
-        inputs += sorted(study.runs_folder.glob("*-seed*/metrics.json"))
+        inputs += sorted(study.runs_folder.glob("*/metrics.json"))
     chosen = "all" if is_default else "+".join(s.scene for s in studies)
     folder, copies = study.figures_folder(chosen), study.workspace / "runs" / "notebooks" / study.title(chosen)
     run_notebook(title, name, parameters, copies / f"{name}.ipynb", inputs,

@@ -14,7 +14,7 @@ from kdutils import artefacts, geometry, registration
 from kdutils.parallel import in_threads
 from kdutils.training import half_precision, predict
 
-VERSION = 2  # raise it when a student's metrics are measured otherwise: those on disk are then measured anew
+VERSION = 3  # raise it when a student's metrics are measured otherwise: those on disk are then measured anew
 PREDICTIONS = "predictions.safetensors"  # of an arm for the test frames, in its folder
 BANDS_CM = (5, 10)
 SAME_PLACE = 0.05  # metres: the side of the cubes in which points count as of one place, or of neighbouring ones

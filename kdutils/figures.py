@@ -262,8 +262,8 @@ def open_questions(pruned, apart, limit):
         left.plot(shares, list(by_share.values()), "o-", ms=4, color=_colour(arm), label=arm)
     left.set(xlabel="weights left out in %", ylabel="test MSE in m² per coordinate", yscale="log")
     left.legend(frameon=False, fontsize=8)
-    for place, distances, shade in zip(apart, apart.values(), ("#222222", "#7a7a7a", "#a8a8a8", "#cccccc")):
-        right.ecdf(distances, label=place, color=shade, lw=2)
+    for (place, distances), shade in zip(apart.items(), np.linspace(0.13, 0.8, len(apart))):
+        right.ecdf(distances, label=place, color=str(shade), lw=2)
     right.axvline(limit, color=TEST, lw=1, ls="--", label="limit")
     right.set(xlabel="an image's points off their rays: median in cm", ylabel="share of the images below",
               xscale="log")  # fmt: skip

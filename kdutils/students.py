@@ -225,6 +225,9 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
 
     Returns:
         The student and the ``Weights`` that it started from.
+
+    Raises:
+        ValueError: weights in a file are of another network.
     """
     backbone = BACKBONES[arm.backbone](arm, size, vit_blocks)
     head = HEADS.get(arm.backbone, partial(PixelShuffleHead, outputs=3 + uncertainty))
@@ -235,7 +238,12 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
     if found.origin == "shipped":
         _load_shipped(student.backbone, backbone_name(arm))
     elif found.path:
-        student.backbone.load(found.path)
+        try:
+            student.backbone.load(found.path)
+        except RuntimeError as error:
+            name, cause = TIMM_MODELS[arm.backbone], str(error).splitlines()[-1].strip()
+            raise ValueError(f"{found.path}: not the weights of {name} ({cause}). Give timm's "
+                             f"{name}.safetensors.") from error  # fmt: skip
     if arm.start == "frozen":
         student.freeze_backbone()
     return student, found

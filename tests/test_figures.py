@@ -290,11 +290,12 @@ def test_ablations_have_a_panel_each(draw):
 
 def test_open_questions_have_a_panel_each(draw):
     pruned = {"cnn-scratch": {0.0: 0.02, 0.5: 0.3}, "vit16-frozen": {0.0: 0.01, 0.5: 0.4}}
-    apart = {"its own": np.linspace(4, 6, 9), "another": np.linspace(20, 40, 9)}
+    apart = {"its own": np.linspace(4, 6, 9), **{f"room {k}": np.linspace(20, 40 + k, 9) for k in range(4)}}
     left, right = draw(figures.open_questions(pruned, apart, 7.5)).axes
     assert [line.get_xdata().tolist() for line in left.lines] == [[0, 50]] * 2
     assert [text.get_text() for text in right.get_legend().get_texts()] == [*apart, "limit"]
-    assert [line.get_xdata()[-1] for line in right.lines] == [6, 40, 7.5]
+    assert [line.get_xdata()[-1] for line in right.lines] == [6, 40, 41, 42, 43, 7.5]
+    assert len({line.get_color() for line in right.lines}) == 6
 
 
 def test_still_cloud_and_two_clouds(world, draw):

@@ -80,15 +80,6 @@ def test_without_labels_or_pairs_nothing_is_filled():
         assert not nothing[1].any() and np.array_equal(nothing[0], depth)
 
 
-@pytest.mark.parametrize("columns, tried", [(96, 64), (288, 144)])
-def test_wide_pictures_are_swept_in_finer_steps(monkeypatch, columns, tried):
-    shape, counts = (COUNT, 8, columns), []
-    monkeypatch.setattr(stereo, "swept", lambda steps, label, *_: counts.append(len(steps)) or label)
-    pictures, known = np.zeros((*shape, 3), np.uint8), np.ones(shape, bool)
-    stereo.filled(np.ones(shape, np.float32), known, pictures, WORLD.intrinsics, WORLD.poses, PAIRS, ALL)
-    assert counts == [tried] * COUNT
-
-
 def test_a_depth_that_one_view_alone_could_show_is_not_taken():
     behind = torch.eye(4)
     behind[2, 3] = -2.5  # steps forward by 2.5 m: what is nearer than that lies behind it

@@ -504,14 +504,17 @@ def test_missing_weights_are_an_error_that_names_the_file(tmp_path, missing):
 
 
 @pytest.mark.parametrize("arm", ["mobilenet-frozen", "vit16-frozen"])
-@pytest.mark.parametrize("kind", ["other names", "garbage", "empty"])
+@pytest.mark.parametrize("kind", ["other names", "other shapes", "garbage", "empty"])
 def test_weights_of_another_network_or_damaged_are_an_error_that_names_the_file(tmp_path, weights, arm, kind):
     file = tmp_path / "given.safetensors"
     file.write_bytes(b"" if kind == "empty" else b"garbage" * 9)
-    if kind == "other names":
+    says = "unreadable"
+    if kind.startswith("other"):
         given = load_file(weights / f"{students.TIMM_MODELS[ARMS[arm].backbone]}.safetensors")
-        save_file({f"model.{name}": tensor for name, tensor in given.items()}, file)
-    says = "not the weights of .* are missing" if kind == "other names" else "unreadable"
+        renamed = {f"model.{name}": tensor for name, tensor in given.items()}
+        narrower = {name: tensor[:3] if tensor.ndim else tensor for name, tensor in given.items()}
+        save_file(renamed if kind == "other names" else narrower, file)
+        says = "not the weights of .*" + ("are missing" if kind == "other names" else "size mismatch")
     with pytest.raises(ValueError, match=rf"given.safetensors: {says}.*timm's \S+.safetensors"):
         build(arm, weights=file)
 

@@ -13,7 +13,7 @@ from . import consistency, photometric
 
 VERSION = 1  # raise it when the same labels are filled otherwise: those on disk are then made anew
 MOST_VIEWS = 20  # that an image is compared with
-DEPTHS = 64, 2  # tried, in even steps of the inverse depth, at least; and columns to each, which ``PASSES`` make finer
+DEPTHS = 64  # tried, in even steps of the inverse depth: some pixels of 128 columns each, which ``PASSES`` make finer
 NEAREST = 0.3  # metres
 FARTHEST = 0.999, 1.15  # this quantile of the labels' depth, and a little more
 LEAST_VIEWS = 2  # that show a place
@@ -53,9 +53,7 @@ def _swept_all(depth, known, pictures, intrinsics, poses, views, chosen, device,
     """Depth ``(N, H, W)`` with a guess wherever the chosen images have no label."""
     quantile, more = FARTHEST
     farthest = max(more * float(np.quantile(depth[chosen][known[chosen]], quantile)), 2 * NEAREST)
-    least, columns = DEPTHS
-    count = max(least, depth.shape[2] // columns)
-    steps = torch.linspace(1 / NEAREST, 1 / farthest, count, device=device)
+    steps = torch.linspace(1 / NEAREST, 1 / farthest, DEPTHS, device=device)
     shown, tried = photometric.normalised_all(pictures, device), depth.copy()
     camera = torch.tensor(intrinsics, dtype=torch.float32, device=device)
     for image in progress(np.flatnonzero(chosen).tolist()):
