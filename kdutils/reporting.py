@@ -203,12 +203,12 @@ def claims(rows):
     if not rows:
         return []
     best = _best(rows)
-    ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.1f}x" for scene, row in best.items())
+    ratios = "; ".join(f"{scene}: {row['mean_point_mse'] / row['mse']:.0f} times lower" for scene, row in best.items())
     sizes = [row["megabytes"] for row in rows]
     return [
         _claim("One image is enough to tell where its points are.",
                "the MSE of the best of the paper's arms is below a tenth of the mean point's",
-               f"times below it: {ratios}",
+               ratios,
                all(row["mse"] < 0.1 * row["mean_point_mse"] for row in best.values())),
         _paper_figure(rows, best),
         _vit_or_cnn(rows),
@@ -350,11 +350,12 @@ def _vit_or_cnn(rows):
             if vits and cnns:
                 vit, cnn = (min(kind, key=lambda row: row["mse"]) for kind in (vits, cnns))
                 wins.append(vit["mse"] < cnn["mse"])
-                found.append(f"{scene}: {vit['label']} {vit['mse']:.3f} against {cnn['label']} {cnn['mse']:.3f}")
+                found.append(f"{scene}, {start}: {vit['mse']:.3f} against {cnn['mse']:.3f} m²")
     text, test = "The ViT is better than the CNNs.", "the best ViT's MSE is below the best CNN's, start by start"
     if not wins:
         return _untested(text, test, "the arms to compare were not trained")
-    return _claim(text, test, f"in {sum(wins)} of {len(wins)} comparisons; {'; '.join(found)}", all(wins))
+    said = f"in {sum(wins)} of {len(wins)} comparisons (ViT against CNN): {'; '.join(found)}"
+    return _claim(text, test, said, all(wins))
 
 
 def _compare(rows, text, better, worse):

@@ -299,9 +299,8 @@ def test_vits_and_cnns_are_compared_start_by_start():
             row("office", "cnn-scratch", 0.1)]  # fmt: skip
     claim = next(claim for claim in reporting.claims(rows) if "ViT" in claim["claim"])
     assert claim["held"] == "did not hold"
-    assert claim["found"] == ("in 2 of 3 comparisons; kitchen: vit16-frozen 0.010 against mobilenet-frozen 0.020; "
-                              "kitchen: vit32-scratch 0.080 against cnn-scratch 0.090; "
-                              "office: vit16-scratch 0.200 against cnn-scratch 0.100")  # fmt: skip
+    assert claim["found"] == ("in 2 of 3 comparisons (ViT against CNN): kitchen, frozen: 0.010 against 0.020 m²; "
+                              "kitchen, scratch: 0.080 against 0.090 m²; office, scratch: 0.200 against 0.100 m²")
 
 
 def test_the_papers_figures_are_for_kitchens_and_offices():
