@@ -101,7 +101,7 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
         The trained student (its best checkpoint) and the run's manifest.
 
     Raises:
-        TrainingError: the loss is no longer finite.
+        TrainingError: the loss is no longer finite, or a batch does not fit into the device's memory.
     """
     folder, plan = study.run_folder(arm.name), plan or plan_for(study, arm)
     torch.manual_seed(plan.seed)
@@ -120,7 +120,15 @@ def run_arm(study, arm, examples, train_index, validation_index, inputs, weights
         print(f"{arm.name}: starts from {origin.note}")
     student.place(examples.labelled_points(train_index))
     run = _Run(folder, settings, student, plan, progress)
-    run.fit(examples, torch.as_tensor(train_index), torch.as_tensor(validation_index))
+    try:
+        run.fit(examples, torch.as_tensor(train_index), torch.as_tensor(validation_index))
+    except torch.OutOfMemoryError as error:
+        height, width = examples.size
+        raise TrainingError(
+            f"{arm.name}: batches of {plan.batch} images of {width}x{height} do not fit into the memory of "
+            f"{study.device}. In kdutils/settings.py lower the preset's batch, or leave this arm out of its "
+            "first_scene_arms; students that are finished are kept."
+        ) from error
     manifest = {"settings": settings, "best_step": run.best["step"], "best_validation_mse": run.best["mse"],
                 "history": run.history, "seconds": run.seconds, "steps": run.step,
                 "images_per_second": run.step * min(plan.batch, len(train_index)) / run.learning_seconds,

@@ -48,12 +48,12 @@ def test_tables_are_those_that_were_measured():
     assert marked("results", MEASUREMENTS) == table(ROWS, with_paper=True, columns=BRIEF_TABLE)
     claims = json.loads((REPOSITORY / "figures" / "claims.json").read_text())
     assert marked("claims") == claims_table([claim for claim in claims if "claim" in claim])
-    answers = json.loads((REPOSITORY / "figures" / "open_questions.json").read_text())
-    assert marked("compressed", MEASUREMENTS) == compressed_table(answers["compressed"])
-    assert marked("longer", MEASUREMENTS) == camera_table(json.loads((REPOSITORY / "figures" / "longer.json").read_text()))
-    over_seeds, adamw = (
-        json.loads((REPOSITORY / "figures" / f"{name}.json").read_text()) for name in ("seeds", "adamw")
+    answers, longer, over_seeds, adamw = (
+        json.loads((REPOSITORY / "figures" / f"{name}.json").read_text())
+        for name in ("open_questions", "longer", "seeds", "adamw")
     )
+    assert marked("compressed", MEASUREMENTS) == compressed_table(answers["compressed"])
+    assert marked("longer", MEASUREMENTS) == camera_table(longer)
     assert marked("seeds", MEASUREMENTS) == spread(over_seeds)
     assert marked("adamw", MEASUREMENTS) == beside(adamw, over_seeds, ("AdamW", "Muon"))
 

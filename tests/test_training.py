@@ -423,6 +423,15 @@ def test_held_out_labels_that_are_no_numbers_are_an_error(tmp_path):
         run(tmp_path, change=spoil_held_out)
 
 
+def test_a_batch_too_large_for_the_device_says_what_to_do_and_keeps_the_last_state(tmp_path):
+    def fill_up(examples, done):
+        raise torch.OutOfMemoryError("Tried to allocate 5.00 GiB")
+
+    with pytest.raises(training.TrainingError, match="batches of 4 images of 48x32 do not fit .* lower"):
+        run(tmp_path, validated=lambda examples, done: done >= 4 and fill_up(examples, done))
+    assert names_in(tmp_path) == ["training.pt"]
+
+
 def test_frames_without_labels_at_some_pixels_train_all_the_same(tmp_path):
     def holes(examples):
         examples.mask[:, 4:8] = False
