@@ -251,7 +251,7 @@ def results_plot(study, rows):
 
 
 def _keep(figure, path, dpi=110):
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight")
     plt.close(figure)  # or a notebook shows it once more
 
 

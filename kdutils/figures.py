@@ -45,7 +45,7 @@ def maps(rows, labels, value="", cmap="plasma", width=2.4, least=0, most=np.inf,
         least, most: the scale begins at the one, and ends at the other at the latest. titles: of the columns.
     """
     figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(width * len(rows[0]), 0.8 * width * len(rows)),
-                                layout="constrained", squeeze=False)  # fmt: skip
+                                layout="compressed", squeeze=False)  # fmt: skip
     scalars = [a[np.isfinite(a)] for row in rows for a in row if a.ndim == 2]
     highest = min(most, np.percentile(np.concatenate(scalars), 98)) if scalars else 1
     shown, last = None, None
