@@ -241,9 +241,8 @@ def build(arm, size, weights="auto", vit_blocks=12, uncertainty=False):
         try:
             student.backbone.load(found.path)
         except RuntimeError as error:
-            name, cause = TIMM_MODELS[arm.backbone], str(error).splitlines()[-1].strip()
-            raise ValueError(f"{found.path}: not the weights of {name} ({cause}). Give timm's "
-                             f"{name}.safetensors.") from error  # fmt: skip
+            cause = str(error).splitlines()[-1].strip()
+            raise _of_another_network(found.path, TIMM_MODELS[arm.backbone], cause) from error
     if arm.start == "frozen":
         student.freeze_backbone()
     return student, found
@@ -342,8 +341,11 @@ def _check_weights(path, name):
         raise ValueError(f"{path}: unreadable ({error}). Download timm's {name}.safetensors again.") from error
     missing = {weights for weights, _ in timm.create_model(name, num_classes=0).named_parameters()} - there
     if missing:
-        raise ValueError(f"{path}: not the weights of {name}, {len(missing)} are missing, {min(missing)} for one. Give "
-                         f"timm's {name}.safetensors.")  # fmt: skip
+        raise _of_another_network(path, name, f"{len(missing)} are missing, {min(missing)} for one")
+
+
+def _of_another_network(path, name, cause):
+    return ValueError(f"{path}: not the weights of {name} ({cause}). Give timm's {name}.safetensors.")
 
 
 def backbone_name(arm):
